@@ -1,0 +1,85 @@
+"""What a batch needs from the key store, and the ring of keys it gets: plain values, no I/O.
+
+`prepare` collects a `Needs`; the shell fetches it in one call (streams/keys/cache.py) into a `KeyRing`; `complete`
+only looks up.
+"""
+
+from typing import NamedTuple
+
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from schemas.sealed import KeyId, record_key
+
+PLATFORM = "platform"
+"""The owner of what the platform controls; no account may have this name."""
+
+
+class EpochRef(NamedTuple):
+    """Which epoch key: domain, owner (an account id or `PLATFORM`), epoch (`2026-11`, `2026-11-21`, …, or `-`)."""
+
+    domain: str
+    owner: str
+    epoch: str
+
+
+class PersonRef(NamedTuple):
+    """Which person secret: owner, 16-byte token of the person, UTC month of the communication (`2026-11`)."""
+
+    owner: str
+    token: bytes
+    month: str
+
+    def __repr__(self) -> str:
+        return "PersonRef()"
+
+
+class EpochKey(NamedTuple):
+    """An epoch key: its id, 32 bytes, and the instant (Unix seconds) from which it is dead; None: no deadline."""
+
+    id: KeyId
+    key: bytes
+    deadline_s: int | None
+
+    def __repr__(self) -> str:
+        return f"EpochKey({self.id})"
+
+
+class PersonSecret(NamedTuple):
+    """A person secret: its random id (32 hex digits) and 32 bytes."""
+
+    sid: str
+    secret: bytes
+
+    def __repr__(self) -> str:
+        return "PersonSecret()"
+
+
+class Needs(NamedTuple):
+    """What a batch needs. Values: deadline in Unix seconds (None: none), and for epochs the number of seals."""
+
+    epochs: dict[EpochRef, tuple[int | None, int]]
+    persons: dict[PersonRef, int | None]
+
+
+class KeyRing:
+    """Keys and secrets in memory, with the record ciphers derived from them.
+
+    `epochs` lacks an epoch that is dead: nothing is sealed under it any more. Bounded by its owner (the cache).
+    """
+
+    __slots__ = ("ciphers", "epochs", "persons")
+
+    def __init__(self) -> None:
+        self.epochs: dict[EpochRef, EpochKey] = {}
+        self.persons: dict[PersonRef, PersonSecret] = {}
+        self.ciphers: dict[tuple[KeyId, str, str], AESGCM] = {}
+
+    def __repr__(self) -> str:
+        return f"KeyRing({len(self.epochs)} epochs, {len(self.persons)} persons)"
+
+    def cipher(self, epoch: EpochKey, sid: str, secret: bytes, account: str) -> AESGCM:
+        """Return the record cipher of an epoch key and a person secret (or salt) for an account; derived once."""
+        cached = self.ciphers.get((epoch.id, sid, account))
+        if cached is None:
+            cached = self.ciphers[epoch.id, sid, account] = record_key(epoch.key, secret, epoch.id, account)
+        return cached

@@ -1,0 +1,114 @@
+"""The errors of the program, and the one table that says what is done about each.
+
+Rules of this file: no error ever holds a record, a number, a token or a text; the class docstring is the
+default message; whoever raises names what an operator needs to find the place (stream, partition, offset).
+"""
+
+from enum import StrEnum
+
+
+class StreamveilError(Exception):
+    """Something went wrong."""
+
+    def __init__(self, message: str | None = None, **where: str | int) -> None:
+        """Take a one-line message that says what to do, and the place as keywords (never record content)."""
+        self.message = message or (type(self).__doc__ or "").splitlines()[0]
+        self.where = where
+        super().__init__(self.message)
+
+    def __str__(self) -> str:
+        place = " ".join(f"{key}={value}" for key, value in self.where.items())
+        return f"{self.message} ({place})" if place else self.message
+
+
+class Retriable(StreamveilError):
+    """Not possible now; the batch waits and is prepared anew."""
+
+
+class Fatal(StreamveilError):
+    """The process cannot go on safely and ends."""
+
+
+class Poison(StreamveilError):
+    """A record cannot be understood; it is sealed into quarantine. `reason` is a fixed code."""
+
+    def __init__(self, reason: str, **where: str | int) -> None:
+        """Take the reason code that the quarantine record will carry."""
+        self.reason = reason
+        super().__init__(f"record cannot be understood: {reason}", **where)
+
+
+class LogBusy(Retriable):
+    """The log is locked by another process; trying again."""
+
+
+class LogFull(Retriable):
+    """The disk of the log is full; free some space, nothing is lost meanwhile."""
+
+
+class KeysBusy(Retriable):
+    """The key store is locked by another process; trying again."""
+
+
+class KeysFull(Retriable):
+    """The disk of the key store is full; free some space, nothing is lost meanwhile."""
+
+
+class KeysChanged(Retriable):
+    """A key was destroyed, or passed its deadline, while the batch was under way."""
+
+
+class LeaseExpired(Retriable):
+    """The key lease ran out before the commit; the batch is prepared anew under a new lease."""
+
+
+class Fenced(Fatal):
+    """Another worker took this partition over; this one must end."""
+
+
+class LogUnusable(Fatal):
+    """The log cannot be used."""
+
+
+class KeysUnusable(Fatal):
+    """The key store or its key management service cannot be used."""
+
+
+class PolicyInvalid(Fatal):
+    """The policy is not valid."""
+
+
+class RegistryInvalid(Fatal):
+    """A registry file is not valid."""
+
+
+class InputInvalid(Fatal):
+    """A file or argument given to a command is not valid."""
+
+
+class RevealDenied(Fatal):
+    """This principal may not open this; nothing was opened."""
+
+
+class Action(StrEnum):
+    """What the worker does about an error."""
+
+    WAIT = "wait"  # keep the batch, back off, prepare it anew
+    QUARANTINE = "quarantine"  # seal the record away, go on
+    END = "end"  # exit 1 with one line
+
+
+ACTIONS: dict[type[BaseException], Action] = {
+    Retriable: Action.WAIT,
+    Poison: Action.QUARANTINE,
+    Fatal: Action.END,
+}
+"""The one table. An error that is in none of these classes is a bug of the program: `END`."""
+
+
+def action_for(error: BaseException) -> Action:
+    """Return what is to be done about an error, from `ACTIONS`; unknown kinds end the process."""
+    for kind, action in ACTIONS.items():
+        if isinstance(error, kind):
+            return action
+    return Action.END

@@ -1,0 +1,232 @@
+"""Privacy classes and the bounded types of values: codes, parties (numbers and addresses), money, instants.
+
+Every field of an inbound record carries exactly one `PrivacyClass`; sealing and splitting are derived from it
+(processors/split.py). Nothing here does I/O.
+"""
+
+import re
+import unicodedata
+from collections.abc import Iterable
+from decimal import Decimal
+from enum import StrEnum
+from functools import lru_cache
+from typing import Any, NamedTuple, get_type_hints
+
+import msgspec
+import phonenumbers
+
+MAX_RECORD_BYTES = 1_000_000
+"""A larger inbound record is quarantined unread."""
+
+
+class PrivacyClass(StrEnum):
+    """What a field tells, and therefore where it may go (CAL-14, KAL-3; one class a field)."""
+
+    SHAPE = "shape"  # version and type: how to read the record; sealed with it
+    ACCOUNT = "account"  # the customer; clear
+    IDENTIFIER = "identifier"  # names one record or campaign; clear in verdicts, never anonymous
+    TRAFFIC = "traffic"  # traffic data that billing does not need; only in the sealed record
+    BILLING = "billing"  # coarse by nature; may stand in the anonymous record
+    TIME = "time"  # an exact instant; only coarsened in the anonymous record
+    DURATION = "duration"  # exact seconds; only as billable units in the anonymous record
+    PRICE = "price"  # exact money; may stand in the anonymous record
+    SENDER = "sender"  # personal data of the sending party
+    RECIPIENT = "recipient"  # personal data of the receiving party
+    PERSON = "person"  # personal data of the primary person
+    CONTENT = "content"  # what was said
+
+
+def field_class(privacy: PrivacyClass, **bounds: Any) -> msgspec.Meta:
+    """Return the `Annotated` metadata that gives a field its class, and its bounds (those of `msgspec.Meta`)."""
+    return msgspec.Meta(extra={"privacy": privacy}, **bounds)
+
+
+class Classified(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A record in which a field without a privacy class cannot be defined."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name in cls.__annotations__:
+            _class_of(cls, name, cls.__annotations__[name])
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+
+def _class_of(owner: type, name: str, annotation: object) -> PrivacyClass:
+    for meta in getattr(annotation, "__metadata__", ()):
+        if isinstance(meta, msgspec.Meta) and meta.extra and "privacy" in meta.extra:
+            return PrivacyClass(meta.extra["privacy"])
+    raise TypeError(f"field {owner.__name__}.{name} has no privacy class: annotate it with field_class(…)")
+
+
+def classes_of(*structs: type[Classified]) -> dict[str, PrivacyClass]:
+    """Return field → privacy class over record types, which must agree where they share a field."""
+    table: dict[str, PrivacyClass] = {}
+    for struct in structs:
+        for name, annotation in get_type_hints(struct, include_extras=True).items():
+            if name.startswith("_"):
+                continue
+            found = _class_of(struct, name, annotation)
+            if table.setdefault(name, found) is not found:
+                raise TypeError(f"field {name} has two privacy classes")
+    return table
+
+
+# --- codes: short values that may stand in the clear -------------------------------------------------------
+
+_CODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:/ -]{0,39}")
+_DIGIT_RUN = re.compile(r"[0-9](?:[ ._:/-]*[0-9]){6}")
+_ACCOUNT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+@lru_cache(maxsize=4096)
+def is_code(text: str) -> bool:
+    """Return whether a text is a code: 1 to 40 characters, and no run of seven digits that could be a number."""
+    return _CODE.fullmatch(text) is not None and _DIGIT_RUN.search(text) is None
+
+
+@lru_cache(maxsize=4096)
+def is_account(text: str) -> bool:
+    """Return whether a text can name an account: 1 to 64 letters, digits, `_`, `.`, `-`."""
+    return _ACCOUNT.fullmatch(text) is not None
+
+
+def is_record_id(text: str) -> bool:
+    """Return whether a text can be a record id: 1 to 128 printable ASCII characters."""
+    return 0 < len(text) <= 128 and text.isascii() and text.isprintable()
+
+
+REASON = re.compile(r"[A-Za-z0-9_/-]{1,40}")
+"""A reason given for opening data: a code or case reference, never free text (the fixed command line)."""
+
+
+# --- parties ------------------------------------------------------------------------------------------------
+
+
+class Kind(StrEnum):
+    """What a sender or recipient is."""
+
+    NUMBER = "number"  # E.164
+    EMAIL = "email"
+    SIP = "sip"
+    SHORT_CODE = "short_code"
+    ALPHANUMERIC = "alphanumeric"
+    UNKNOWN = "unknown"  # somebody, but not an address we can normalise
+    NOBODY = "nobody"  # withheld or empty
+
+
+PERSONAL_KINDS = frozenset({Kind.NUMBER, Kind.EMAIL, Kind.SIP, Kind.UNKNOWN})
+
+
+class Party(NamedTuple):
+    """A normalised sender or recipient; `value` is personal data unless the kind says otherwise."""
+
+    kind: Kind
+    value: str
+
+    def __repr__(self) -> str:
+        return f"Party({self.kind.value})"
+
+    @property
+    def is_person(self) -> bool:
+        """Whether a human may stand behind it; an account's own numbers are taken out by the policy."""
+        return self.kind in PERSONAL_KINDS
+
+
+NOBODY = Party(Kind.NOBODY, "")
+_WITHHELD = frozenset(
+    {"anonymous", "unknown", "restricted", "private", "withheld", "unavailable", "<unknown>", "s", "h", "i", "t"}
+)
+_ALPHANUMERIC = re.compile(r"(?=.*[A-Za-z])[A-Za-z0-9 !\"#$%&'()*+,./:;<=>?_-]{1,11}")
+_EMAIL = re.compile(r"[^@\s<>\"]{1,64}@[^@\s<>\"]{1,255}")
+_SEPARATORS = re.compile(r"[\s().\-/\u2010-\u2015\u00a0]+")
+_EXTENSION = re.compile(r"(?:;ext=|\s*(?:ext\.?|x)\s*|,+|#)\d{1,7}$", re.IGNORECASE)
+
+
+def normalise(raw: str, region: str | None = None) -> Party:
+    """Return the party behind an address as a gateway wrote it; same person, same result.
+
+    `region` (ISO 3166-1 alpha-2) reads national numbers; without one, digits that are a possible international
+    number are taken as one. Never raises. A well-formed `+…` costs well under 1 µs; anything else goes through
+    the phone-number library once and then through a bounded cache.
+    """
+    if raw[:1] == "+" and 8 <= len(raw) <= 16 and raw.isascii() and raw[1:].isdigit() and raw[1] != "0":
+        return Party(Kind.NUMBER, raw)
+    return _normalise_slowly(raw, region)
+
+
+@lru_cache(maxsize=16384)
+def _normalise_slowly(raw: str, region: str | None) -> Party:
+    text = unicodedata.normalize("NFKC", raw).strip().strip("\u200e\u200f\u202a\u202c").strip()
+    if not text or text.lower() in _WITHHELD:
+        return NOBODY
+    lowered = text.lower()
+    if lowered.startswith(("sip:", "sips:", "tel:")):
+        user = lowered.split(":", 1)[1].split(";", 1)[0]
+        inner = _number(user.split("@", 1)[0], region)
+        return inner or Party(Kind.SIP, user)
+    if _EMAIL.fullmatch(text):
+        return Party(Kind.EMAIL, lowered)
+    number = _number(text, region)
+    if number is not None:
+        return number
+    compact = _SEPARATORS.sub("", text)
+    if compact.isdigit() and compact.isascii() and len(compact) <= 6:
+        return Party(Kind.SHORT_CODE, compact)
+    if _ALPHANUMERIC.fullmatch(text) and sum(map(str.isdigit, text)) < 7:
+        return Party(Kind.ALPHANUMERIC, text)
+    return Party(Kind.UNKNOWN, lowered)
+
+
+def _number(text: str, region: str | None) -> Party | None:
+    compact = _SEPARATORS.sub("", _EXTENSION.sub("", text))
+    digits = compact.removeprefix("+")
+    if not (digits.isdigit() and digits.isascii()) or len(digits) < 7:
+        return None
+    possible: Party | None = None
+    for candidate, assumed in _readings(compact, region):
+        try:
+            parsed = phonenumbers.parse(candidate, assumed)
+        except phonenumbers.NumberParseException:
+            continue
+        party = Party(Kind.NUMBER, phonenumbers.format_number(parsed, phonenumbers.PhoneNumberFormat.E164))
+        if phonenumbers.is_valid_number(parsed):
+            return party
+        reason = phonenumbers.is_possible_number_with_reason(parsed)
+        if possible is None and reason == phonenumbers.ValidationResult.IS_POSSIBLE:
+            possible = party
+    return possible
+
+
+def _readings(compact: str, region: str | None) -> Iterable[tuple[str, str | None]]:
+    """Yield the ways to read digits, likeliest first; without `+` or region only ten digits and more."""
+    if compact.startswith("+"):
+        yield "+" + compact[1:].removeprefix("00"), None
+        return
+    if compact.startswith("00"):
+        yield "+" + compact[2:], None
+    if region:
+        yield compact, region
+    if not compact.startswith("0") and len(compact) >= 10:
+        yield "+" + compact, None
+
+
+# --- money ---------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=8192)
+def canonical_amount(amount: Decimal) -> str | None:
+    """Return an amount as plain digits without trailing zeros, or None if negative, not finite or out of range.
+
+    Range: 0 to below 10^9 with at most 9 decimals (finer than any published carrier price).
+    """
+    if not amount.is_finite() or amount.is_signed() and amount != 0 or amount >= 1_000_000_000:
+        return None
+    exponent = amount.normalize().as_tuple().exponent
+    if not isinstance(exponent, int) or exponent < -9:
+        return None
+    text = f"{amount:f}"
+    if "." in text:
+        text = text.rstrip("0").rstrip(".")
+    return text.removeprefix("-")

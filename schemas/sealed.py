@@ -1,0 +1,155 @@
+"""The grammar of a sealed value, version 1: what a value with ciphertext in it looks like, and its AAD.
+
+A value is one JSON object with sorted keys and no white space. Its clear envelope is the same object without the
+`box` of each part, and is authenticated by every part:
+
+    {"account_id":…, …, "privacy":{…}, "sealed":[{"box":BOX,"group":G,"key":K,"sid":S}, …], "v":1}
+
+    K   = DOMAIN "/" OWNER "/" EPOCH "/" VERSION        the epoch key, e.g. pii/platform/2026-11/1
+    S   = 32 hex digits (the person secret's id), or "salt:" and 32 hex digits where no person is concerned,
+          or "-" where the domain takes neither
+    BOX = base64(seal id, 16 bytes ‖ nonce, 12 bytes ‖ AES-256-GCM ciphertext and 16-byte tag)
+    plaintext = JSON ‖ 0x80 ‖ 0x00…, padded to a multiple of 32 bytes (ISO/IEC 7816-4)
+
+    record key = HKDF-SHA-256(epoch key ‖ person secret or salt, info = DOMAIN, OWNER, ACCOUNT, EPOCH, VERSION)
+    AAD = (version, stream, OWNER, ACCOUNT, G, seal id, S, K, clear envelope), each behind its 4-byte length
+"""
+
+import binascii
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import orjson
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+VERSION = 1
+SEAL_ID_BYTES = 16
+NONCE_BYTES = 12
+SECRET_BYTES = 32
+SALT_BYTES = 16
+PAD_BYTES = 32
+MAX_SEALS_PER_KEY = 2**31
+"""Seals under one epoch key version, and therefore under any record key derived from it (NIST SP 800-38D, 8.3)."""
+
+NO_PERSON = "-"
+_SHA256 = SHA256()
+
+
+class KeyId(NamedTuple):
+    """Names one epoch key: domain, owner (an account, or the platform), epoch, version from 1."""
+
+    domain: str
+    owner: str
+    epoch: str
+    version: int
+
+    def __str__(self) -> str:
+        return f"{self.domain}/{self.owner}/{self.epoch}/{self.version}"
+
+    @classmethod
+    def parse(cls, text: str) -> "KeyId":
+        """Return the key id of a text. Raises ValueError if it is none."""
+        domain, owner, epoch, version = text.split("/")
+        if not (domain and owner and epoch and version.isascii() and version.isdigit()):
+            raise ValueError("not a key id")
+        return cls(domain, owner, epoch, int(version))
+
+
+class Part(NamedTuple):
+    """One ciphertext of a value: field group, epoch key, sid (or salt), and the box as it stands."""
+
+    group: str
+    key: str
+    sid: str
+    box: str
+
+
+class Sealed(NamedTuple):
+    """A value taken apart: its account, its parts and the exact bytes of its clear envelope."""
+
+    account: str
+    parts: tuple[Part, ...]
+    envelope: bytes
+    fields: Mapping[str, Any]
+
+
+def record_key(epoch_key: bytes, secret: bytes, key_id: KeyId, account: str) -> AESGCM:
+    """Return the cipher of the record key for 32-byte `epoch_key` and a person secret, salt or nothing."""
+    info = framed(*(part.encode() for part in (key_id.domain, key_id.owner, account, key_id.epoch)))
+    derived = HKDF(_SHA256, 32, None, info + framed(b"%d" % key_id.version)).derive(epoch_key + secret)
+    return AESGCM(derived)
+
+
+def framed(*parts: bytes) -> bytes:
+    """Return the parts, each behind its length as 4 bytes big-endian, so that no two lists give the same bytes."""
+    return b"".join([len(part).to_bytes(4, "big") + part for part in parts])
+
+
+def aad_head(stream: str, owner: str, account: str, group: str) -> bytes:
+    """Return the constant beginning of the AAD of all values of one stream, owner, account and field group."""
+    return framed(b"%d" % VERSION, stream.encode(), owner.encode(), account.encode(), group.encode())
+
+
+def pad(plaintext: bytes) -> bytes:
+    """Return the plaintext padded to the next multiple of 32 bytes (at least one byte is added)."""
+    return plaintext + b"\x80" + bytes(-(len(plaintext) + 1) % PAD_BYTES)
+
+
+def unpad(padded: bytes) -> bytes:
+    """Return what was padded. Raises ValueError if the padding is not ours."""
+    end = padded.rfind(b"\x80")
+    if end < 0 or padded[end + 1 :].strip(b"\x00") or len(padded) - end > PAD_BYTES:
+        raise ValueError("bad padding")
+    return padded[:end]
+
+
+def seal_box(
+    cipher: AESGCM, head: bytes, sid: bytes, key: bytes, envelope: bytes, plaintext: bytes, entropy: bytes
+) -> bytes:
+    """Return the base64 box of one part. `entropy` is 28 fresh bytes: seal id ‖ nonce; never use them twice."""
+    tail = framed(entropy[:SEAL_ID_BYTES], sid, key, envelope)
+    ciphertext = cipher.encrypt(entropy[SEAL_ID_BYTES:], pad(plaintext), head + tail)
+    return binascii.b2a_base64(entropy + ciphertext, newline=False)
+
+
+def open_box(cipher: AESGCM, head: bytes, part: Part, envelope: bytes) -> bytes:
+    """Return the plaintext of a part. Raises ValueError if one bit of part or envelope is not as it was sealed."""
+    try:
+        box = binascii.a2b_base64(part.box, strict_mode=True)
+        seal_id, nonce = box[:SEAL_ID_BYTES], box[SEAL_ID_BYTES : SEAL_ID_BYTES + NONCE_BYTES]
+        tail = framed(seal_id, part.sid.encode(), part.key.encode(), envelope)
+        return unpad(cipher.decrypt(nonce, box[SEAL_ID_BYTES + NONCE_BYTES :], head + tail))
+    except (InvalidTag, binascii.Error, ValueError) as error:
+        raise ValueError("sealed part does not open") from error
+
+
+def part_clear(group: str, key: str, sid: str) -> bytes:
+    """Return the clear side of a part as it stands in the envelope."""
+    return b'{"group":"%b","key":"%b","sid":"%b"}' % (group.encode(), key.encode(), sid.encode())
+
+
+def assemble(head: bytes, parts: list[tuple[bytes, bytes]], tail: bytes) -> bytes:
+    """Return the value: envelope head (up to `"sealed":[`), (clear part, box) pairs, envelope tail (from `]`)."""
+    return head + b",".join([b'{"box":"' + box + b'",' + clear[1:] for clear, box in parts]) + tail
+
+
+def take_apart(value: bytes) -> Sealed:
+    """Return a value's parts and clear envelope. Raises ValueError if it is not a sealed value of version 1."""
+    try:
+        fields = orjson.loads(value)
+        if fields["v"] != VERSION:
+            raise ValueError("not a sealed value of this version")
+        parts = []
+        for part in fields["sealed"]:
+            parts.append(Part(part["group"], part["key"], part["sid"], part.pop("box")))
+            if len(part) != 3 or not all(isinstance(text, str) for text in parts[-1]):
+                raise ValueError("not a sealed part")
+        account = fields.get("account_id") or ""
+        envelope = orjson.dumps(fields, option=orjson.OPT_SORT_KEYS)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError("not a sealed value of version 1") from error
+    del fields["sealed"]
+    return Sealed(account, tuple(parts), envelope, fields)

@@ -1,0 +1,121 @@
+"""What a log is: streams of messages in partitions, consumed exactly once. Two implementations, one contract suite.
+
+Every call may block on the disk or the network; each says what success means. All raise `LogBusy` or `LogFull`
+(Retriable: nothing has happened, call again) and `LogUnusable` (Fatal).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+Headers = tuple[tuple[str, bytes], ...]
+
+
+class Message(NamedTuple):
+    """One message to write: log timestamp in Unix milliseconds, key, headers, value."""
+
+    timestamp_ms: int
+    key: bytes | None
+    headers: Headers
+    value: bytes
+
+    def __repr__(self) -> str:
+        return f"Message({len(self.value)} bytes)"
+
+
+class Stored(NamedTuple):
+    """One committed message with its place. Offsets count from 0 within a partition, without gaps on SQLite."""
+
+    stream: str
+    partition: int
+    offset: int
+    timestamp_ms: int
+    key: bytes | None
+    headers: Headers
+    value: bytes
+
+    def __repr__(self) -> str:
+        return f"Stored({self.stream}/{self.partition}@{self.offset})"
+
+
+class Output(NamedTuple):
+    """Messages for one partition of one stream, in order."""
+
+    stream: str
+    partition: int
+    messages: Sequence[Message]
+
+
+class Batch(NamedTuple):
+    """Consecutive messages of ONE input partition, and the lease under which they may be committed."""
+
+    stream: str
+    partition: int
+    offset: int  # of the first message
+    next_offset: int  # to commit
+    lease: int  # epoch of the partition lease
+    messages: Sequence[Message]
+
+
+class Bookmark(NamedTuple):
+    """How far a file has been published: byte position, line number, and a digest of all before it."""
+
+    position: int
+    line: int
+    digest: str
+
+
+class Log(Protocol):
+    """The log of one deployment."""
+
+    partitions: int
+    """Partitions of every stream, fixed at creation."""
+
+    async def append(
+        self, outputs: Sequence[Output], bookmark: tuple[str, Bookmark | None] | None = None
+    ) -> None:
+        """Write all outputs, and the named bookmark (None deletes it), or nothing; durable on return."""
+
+    async def bookmark(self, name: str) -> Bookmark | None:
+        """Return a bookmark that was written with `append`, if any."""
+
+    async def read(self, stream: str, partition: int, offset: int, limit: int) -> list[Stored]:
+        """Return up to `limit` committed messages from `offset` on, in order; empty at the end."""
+
+    async def begin_offsets(self, stream: str) -> list[int]:
+        """Return the first offset that can still be read, per partition."""
+
+    async def end_offsets(self, stream: str) -> list[int]:
+        """Return the offset after the last written message (the high watermark), per partition."""
+
+    def consumer(self, worker_id: str) -> "Consumer":
+        """Return a consumer of the input streams; consumers of one log share the partitions among themselves."""
+
+    async def close(self) -> None:
+        """Free what is held; idempotent."""
+
+
+class Consumer(Protocol):
+    """One worker's side of the exactly-once contract."""
+
+    async def poll(self, max_records: int, timeout_s: float) -> Batch | None:
+        """Return the next batch of one input partition, `traffic` before `traffic.cdr`, or None after the time-out.
+
+        A batch that was polled and not committed comes again. Partitions are claimed and renewed here; a batch's
+        lease is lost once another consumer claimed its partition.
+        """
+
+    async def commit(self, batch: Batch, outputs: Sequence[Output], check: Callable[[], None]) -> None:
+        """Write all outputs and the batch's offsets, or nothing; durable and visible on return.
+
+        `check` is called at the last moment at which nothing is visible yet; if it raises, nothing is written.
+        Raises Fenced when the lease was lost or the batch is not the next one.
+        """
+
+    async def at_end(self) -> bool:
+        """Return whether everything written to the input streams so far is committed, by whichever worker."""
+
+    async def forget_consumed(self) -> int:
+        """Delete clear input that is committed, so that no file holds it; return the number of messages deleted."""
+
+    async def close(self) -> None:
+        """Give the partitions back at once; idempotent."""
