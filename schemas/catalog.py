@@ -26,6 +26,7 @@ class Domain(StrEnum):
     CONTENT = "content"  # account × day
     PII = "pii"  # platform × month
     SUPPRESSION = "suppression"  # platform, one epoch; no person secret
+    REVIEW = "review"  # account × day
     QUARANTINE = "quarantine"  # platform × day
 
 
@@ -57,9 +58,9 @@ CATALOG: dict[str, Stream] = {
         _S("verdicts", "per request: cleared or refused, reason, vendor codes", _P.SAME, None, 7 * 24, "usage",
            ("worker", "egress"), ("gateway", "dpo")),
         _S("cleared", "requests that may go out", _P.SAME, Domain.TRANSIT, 24, "content",
-           ("worker",), ("egress",)),
+           ("worker",), ("egress", "dpo")),
         _S("content", "text, recording reference, transcript of CDRs", _P.SAME, Domain.CONTENT, None, "content",
-           ("worker",), ("account",)),
+           ("worker",), ("account", "dpo")),
         _S("cdr.pii", "the whole CDR", _P.SAME, Domain.PII, None, "traffic",
            ("worker",), ("support", "fraud", "lawful", "dpo")),
         _S("cdr.anonymous", "what remains when nothing personal does", _P.RANDOM, None, None, "anonymous",
@@ -68,13 +69,13 @@ CATALOG: dict[str, Stream] = {
            ("worker",), ("billing",)),
         _S("suppressions", "opt-outs, opt-ins, officer blocks", _P.TOKEN, Domain.SUPPRESSION, None, "suppression",
            ("worker", "officer"), ("worker", "egress", "dpo"), compacted=True),
-        _S("review", "near-miss opt-outs", _P.SAME, Domain.CONTENT, 30 * 24, "content",
+        _S("review", "near-miss opt-outs", _P.SAME, Domain.REVIEW, 30 * 24, "content",
            ("worker",), ("operator", "dpo")),
         _S("held", "records under legal hold, re-sealed", _P.SAME, None, None, "held",
            ("officer",), ("dpo",)),
         _S("quarantine", "records that could not be understood, whole", _P.SAME, Domain.QUARANTINE, 7 * 24,
            "unclassified", ("worker", "operator"), ("operator", "dpo")),
-        _S("audit", "reveals, key events, erasures, holds", _P.SAME, None, None, "audit",
+        _S("audit", "reveals, key events, erasures, holds", _P.SAME, None, 87_660, "audit",
            ("worker", "egress", "account", "support", "fraud", "lawful", "operator", "officer", "dpo"), ("dpo",)),
     )
 }

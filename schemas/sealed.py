@@ -36,6 +36,7 @@ MAX_SEALS_PER_KEY = 2**31
 
 NO_PERSON = "-"
 _SHA256 = SHA256()
+_PADDING = [b"\x80" + bytes(PAD_BYTES - 1 - used) for used in range(PAD_BYTES)]
 
 
 class KeyId(NamedTuple):
@@ -95,7 +96,7 @@ def aad_head(stream: str, owner: str, account: str, group: str) -> bytes:
 
 def pad(plaintext: bytes) -> bytes:
     """Return the plaintext padded to the next multiple of 32 bytes (at least one byte is added)."""
-    return plaintext + b"\x80" + bytes(-(len(plaintext) + 1) % PAD_BYTES)
+    return plaintext + _PADDING[len(plaintext) % PAD_BYTES]
 
 
 def unpad(padded: bytes) -> bytes:
@@ -106,12 +107,18 @@ def unpad(padded: bytes) -> bytes:
     return padded[:end]
 
 
+def aad(head: bytes, seal_id: bytes, sid: bytes, key_frame: bytes, envelope: bytes) -> bytes:
+    """Return the AAD of one part: `aad_head(…)`, seal id, sid, `framed(key id)`, clear envelope."""
+    size = len(envelope).to_bytes(4, "big")
+    return b"".join((head, b"\0\0\0\x10", seal_id, len(sid).to_bytes(4, "big"), sid, key_frame, size, envelope))
+
+
 def seal_box(
-    cipher: AESGCM, head: bytes, sid: bytes, key: bytes, envelope: bytes, plaintext: bytes, entropy: bytes
+    cipher: AESGCM, head: bytes, sid: bytes, key_frame: bytes, envelope: bytes, plaintext: bytes, entropy: bytes
 ) -> bytes:
     """Return the base64 box of one part. `entropy` is 28 fresh bytes: seal id ‖ nonce; never use them twice."""
-    tail = framed(entropy[:SEAL_ID_BYTES], sid, key, envelope)
-    ciphertext = cipher.encrypt(entropy[SEAL_ID_BYTES:], pad(plaintext), head + tail)
+    bound = aad(head, entropy[:SEAL_ID_BYTES], sid, key_frame, envelope)
+    ciphertext = cipher.encrypt(entropy[SEAL_ID_BYTES:], pad(plaintext), bound)
     return binascii.b2a_base64(entropy + ciphertext, newline=False)
 
 
@@ -120,15 +127,22 @@ def open_box(cipher: AESGCM, head: bytes, part: Part, envelope: bytes) -> bytes:
     try:
         box = binascii.a2b_base64(part.box, strict_mode=True)
         seal_id, nonce = box[:SEAL_ID_BYTES], box[SEAL_ID_BYTES : SEAL_ID_BYTES + NONCE_BYTES]
-        tail = framed(seal_id, part.sid.encode(), part.key.encode(), envelope)
-        return unpad(cipher.decrypt(nonce, box[SEAL_ID_BYTES + NONCE_BYTES :], head + tail))
+        bound = aad(head, seal_id, part.sid.encode(), framed(part.key.encode()), envelope)
+        return unpad(cipher.decrypt(nonce, box[SEAL_ID_BYTES + NONCE_BYTES :], bound))
     except (InvalidTag, binascii.Error, ValueError) as error:
         raise ValueError("sealed part does not open") from error
 
 
-def part_clear(group: str, key: str, sid: str) -> bytes:
-    """Return the clear side of a part as it stands in the envelope."""
-    return b'{"group":"%b","key":"%b","sid":"%b"}' % (group.encode(), key.encode(), sid.encode())
+def part_head(group: str, key: str) -> bytes:
+    """Return the clear side of a part up to its sid, as it stands in the envelope; sid and `"}` follow."""
+    return f'{{"group":"{group}","key":"{key}","sid":"'.encode()
+
+
+def split_envelope(fields: Mapping[str, Any]) -> tuple[bytes, bytes]:
+    """Return the clear envelope before and after the parts, for a value with these clear fields."""
+    whole = orjson.dumps({**fields, "sealed": [], "v": VERSION}, option=orjson.OPT_SORT_KEYS)
+    at = whole.index(b'"sealed":[') + len(b'"sealed":[')
+    return whole[:at], whole[at:]
 
 
 def assemble(head: bytes, parts: list[tuple[bytes, bytes]], tail: bytes) -> bytes:

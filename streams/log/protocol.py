@@ -7,20 +7,9 @@ Every call may block on the disk or the network; each says what success means. A
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
-Headers = tuple[tuple[str, bytes], ...]
+from schemas.outbound import Headers, Message, Output
 
-
-class Message(NamedTuple):
-    """One message to write: log timestamp in Unix milliseconds, key, headers, value."""
-
-    timestamp_ms: int
-    key: bytes | None
-    headers: Headers
-    value: bytes
-
-    def __repr__(self) -> str:
-        return f"Message({len(self.value)} bytes)"
-
+__all__ = ["Batch", "Bookmark", "Consumer", "Headers", "Log", "Message", "Output", "Stored"]
 
 class Stored(NamedTuple):
     """One committed message with its place. Offsets count from 0 within a partition, without gaps on SQLite."""

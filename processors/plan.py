@@ -1,0 +1,178 @@
+"""The plan for an account's records of one quarter of an hour: everything about their outputs that is constant.
+
+Owners and key epochs, deadlines, privacy objects, headers and envelopes depend on the policy, the account and the
+time only, so they are rendered once and looked up per record.
+"""
+
+from datetime import UTC, date, datetime
+
+import orjson
+
+from processors.keyring import PLATFORM, EpochRef
+from processors.retention import Calendar, Moment
+from processors.roles import Tags, headers, privacy_object, tags
+from schemas.catalog import CATALOG, Domain
+from schemas.outbound import Headers
+from schemas.policy import Account, Policy
+from schemas.sealed import split_envelope
+
+MAX_PLANS = 8192
+REVIEW_DAYS = 30
+_SLOT_S = 900
+_HOUR_S = 3600
+_DAY_S = 86_400
+
+
+class Template:
+    """The constant parts of one stream's values: key epoch, owner, deadline, envelope (without the parts), headers."""
+
+    __slots__ = ("account", "deadline_s", "headers", "privacy", "ref", "stream")
+
+    def __init__(
+        self, stream: str, account: str, ref: EpochRef | None, deadline_s: int | None, tag: Tags, privacy: bytes
+    ) -> None:
+        self.stream = stream
+        self.account = account
+        self.ref = ref
+        self.deadline_s = deadline_s
+        self.headers: Headers = headers(tag)
+        self.privacy = privacy
+
+    def envelope(self, **fields: object) -> tuple[bytes, bytes]:
+        """Return head and tail of the clear envelope with these fields beside `privacy`."""
+        return split_envelope({**fields, "privacy": orjson.Fragment(self.privacy)})
+
+
+class Plan:
+    """One account, one quarter of an hour. `content` is None where the account has its content never stored."""
+
+    __slots__ = (
+        "account", "account_deadline_s", "anonymous", "content", "content_envelope", "increment_s", "moment",
+        "pii", "pii_deadline_s", "pii_envelope", "review", "review_envelope",
+    )  # fmt: skip
+
+    account: Account
+    moment: Moment
+    pii: Template
+    pii_envelope: tuple[bytes, bytes]
+    content: Template | None
+    content_envelope: tuple[bytes, bytes]
+    review: Template
+    review_envelope: tuple[bytes, bytes]
+    anonymous: Template
+    pii_deadline_s: int
+    account_deadline_s: int
+    increment_s: int
+
+
+class Planner:
+    """Makes plans from a policy and keeps the recent ones."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.calendar = Calendar(policy)
+        self._plans: dict[tuple[str, int], Plan | None] = {}
+        self._outputs: dict[tuple[str, str, int], Template] = {}
+
+    def plan(self, account_id: str, ts: int) -> Plan | None:
+        """Return the plan for a record of an account at Unix second `ts`, or None if the policy does not list it."""
+        slot = (account_id, ts // _SLOT_S)
+        try:
+            return self._plans[slot]
+        except KeyError:
+            pass
+        if len(self._plans) >= MAX_PLANS:
+            self._plans.clear()
+        account = self.policy.account(account_id)
+        made = self._plans[slot] = None if account is None else self._make(account_id, account, ts)
+        return made
+
+    def output(self, stream: str, account_id: str, now_s: int) -> Template:
+        """Return the template of a stream whose life counts from now: verdicts, cleared, quarantine, suppressions."""
+        row = CATALOG[stream]
+        slot = (stream, account_id, now_s // (_HOUR_S if row.domain is Domain.TRANSIT else _DAY_S))
+        found = self._outputs.get(slot)
+        if found is None:
+            if len(self._outputs) >= MAX_PLANS:
+                self._outputs.clear()
+            found = self._outputs[slot] = self._output(stream, account_id, now_s)
+        return found
+
+    def _output(self, stream: str, account_id: str, now_s: int) -> Template:
+        row = CATALOG[stream]
+        moment = self.calendar.moment(now_s)
+        unit_s = _HOUR_S if row.domain is Domain.TRANSIT else _DAY_S
+        deadline = None if row.max_hours is None else now_s // unit_s * unit_s + row.max_hours * _HOUR_S
+        tag = tags(self.policy, account_id, row.data_class, _day(now_s), to_account=stream == "verdicts")
+        owner = PLATFORM
+        if row.domain is Domain.TRANSIT:
+            owner = _owner(tag, account_id)
+        epoch = {
+            Domain.TRANSIT: moment.hour_epoch,
+            Domain.QUARANTINE: moment.day_epoch,
+            Domain.SUPPRESSION: "-",
+        }.get(row.domain or Domain.PII, "")
+        ref = EpochRef(row.domain.value, owner, epoch) if row.domain is not None else None
+        return self._template(stream, account_id, ref, deadline, tag)
+
+    def _make(self, account_id: str, account: Account, ts: int) -> Plan:
+        moment = self.calendar.moment(ts)
+        day_start_s = ts // _DAY_S * _DAY_S
+        keep_days = self.policy.content_days(account)
+        plan = Plan()
+        plan.account = account
+        plan.moment = moment
+        plan.increment_s = self.policy.increment_s(account)
+        traffic = tags(self.policy, account_id, "traffic", _day(ts))
+        content = tags(self.policy, account_id, "content", _day(ts))
+        anonymous = tags(self.policy, account_id, "anonymous", _day(ts))
+        plan.pii_deadline_s = self.calendar.person_deadline_s(True, ts, None)
+        plan.account_deadline_s = self.calendar.person_deadline_s(False, ts, keep_days)
+        pii_ref = EpochRef(Domain.PII, _owner(traffic, account_id), moment.month_epoch)
+        plan.pii = self._template("cdr.pii", account_id, pii_ref, moment.pii_expires_s, traffic)
+        plan.pii_envelope = plan.pii.envelope(account_id=account_id, month=moment.month_epoch)
+        owner = _owner(content, account_id)
+        plan.content = None
+        plan.content_envelope = (b"", b"")
+        if keep_days is not None:
+            ref = EpochRef(Domain.CONTENT, owner, moment.day_epoch)
+            expires_s = self.calendar.content_expires_s(ts, keep_days)
+            plan.content = self._template("content", account_id, ref, expires_s, content)
+            plan.content_envelope = plan.content.envelope(account_id=account_id, day=moment.day_epoch)
+        review_days = REVIEW_DAYS if keep_days is None else min(keep_days, REVIEW_DAYS)
+        review_ref = EpochRef(Domain.REVIEW, owner, moment.day_epoch)
+        review_s = day_start_s + (review_days + 1) * _DAY_S
+        plan.review = self._template("review", account_id, review_ref, review_s, content)
+        plan.review_envelope = plan.review.envelope(account_id=account_id, day=moment.day_epoch)
+        plan.anonymous = self._template(
+            "cdr.anonymous",
+            account_id,
+            None,
+            moment.anonymous_expires_s,
+            anonymous,
+            anonymous_from=self.calendar.instant(moment.pii_expires_s),
+        )
+        return plan
+
+    def _template(
+        self,
+        stream: str,
+        account_id: str,
+        ref: EpochRef | None,
+        deadline_s: int | None,
+        tag: Tags,
+        *,
+        anonymous_from: str | None = None,
+    ) -> Template:
+        expires_at = None if deadline_s is None else self.calendar.instant(deadline_s)
+        privacy = orjson.dumps(privacy_object(tag, expires_at, anonymous_from), option=orjson.OPT_SORT_KEYS)
+        return Template(stream, account_id, ref, deadline_s, tag, privacy)
+
+
+def _owner(tag: Tags, account_id: str) -> str:
+    """Return who owns the keys: the platform for what it controls, the account for what it processes for it."""
+    return PLATFORM if tag.role == "controller" else account_id
+
+
+def _day(ts: int) -> date:
+    return datetime.fromtimestamp(min(max(ts, -(10**10)), 10**11), UTC).date()

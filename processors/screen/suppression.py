@@ -1,0 +1,161 @@
+"""Suppressions: who asked not to be contacted, by scope, class, channel and authority.
+
+The rules (DESIGN.md, Screening): log order decides; an opt-out always takes effect; an opt-in lifts only the very
+entry it names, and only if it is later than the opt-out by offset and by event time; event times more than five
+minutes ahead are clamped. An entry's record key ends in `out` or `in`, so that compaction keeps the newest of
+both and can never leave an opt-in that did not count in place of the opt-out it failed to lift (ADR 0002).
+"""
+
+import hashlib
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
+
+MAX_AHEAD_S = 300
+
+
+class Tokens:
+    """The keyed hash that turns a normalised number into a 16-byte token. A token is personal data."""
+
+    __slots__ = ("_hash", "version")
+
+    def __init__(self, version: int, key: bytes) -> None:
+        self.version = version
+        self._hash = hashlib.blake2b(key=key, digest_size=16)
+
+    def __repr__(self) -> str:
+        return f"Tokens({self.version})"
+
+    def of(self, value: str) -> bytes:
+        """Return the 16-byte token of a normalised number or address."""
+        keyed = self._hash.copy()
+        keyed.update(value.encode("utf-8", "surrogatepass"))
+        return keyed.digest()
+
+
+class Rule(NamedTuple):
+    """What an entry is about. Scope: `platform`, `account:A`, `sender:A:token`, `campaign:A:C`."""
+
+    scope: str
+    class_: str  # all, marketing, service
+    channel: str  # sms, voice
+    authority: str  # person, officer
+
+    def __repr__(self) -> str:
+        return f"Rule({self.class_}, {self.channel}, {self.authority})"
+
+
+class State(NamedTuple):
+    """An entry's state: opted out or not, and the event time (Unix s) that decided it."""
+
+    out: bool
+    event_s: int
+
+
+Entries = Mapping[Rule, State]
+"""All entries of one person."""
+
+
+class View(Protocol):
+    """A readable set of suppressions, complete up to some offset of every partition."""
+
+    def get(self, token: bytes) -> Entries | None:
+        """Return the entries of a person, or None; does not block."""
+
+
+class Change(NamedTuple):
+    """One record for the `suppressions` stream; `number` is personal data and leaves only sealed."""
+
+    token: bytes
+    rule: Rule
+    out: bool
+    event_s: int
+    number: str
+    reason: str | None
+
+    def __repr__(self) -> str:
+        return "Change()"
+
+
+def fold(state: State | None, *, out: bool, event_s: int) -> State | None:
+    """Return the state of an entry after the next record in log order."""
+    if out:
+        standing = state.event_s if state is not None and state.out else event_s
+        return State(out=True, event_s=max(standing, event_s))
+    if state is not None and state.out and event_s > state.event_s:
+        return State(out=False, event_s=event_s)
+    return state
+
+
+class Overlay:
+    """A copy-on-write layer over a view: what the records of one batch, not yet committed, have changed."""
+
+    __slots__ = ("_base", "changed", "changes")
+
+    def __init__(self, base: View) -> None:
+        self._base = base
+        self.changed: dict[bytes, dict[Rule, State]] = {}
+        self.changes: list[Change] = []
+
+    def get(self, token: bytes) -> Entries | None:
+        """Return the entries of a person with the batch's own changes."""
+        return self.changed.get(token) or self._base.get(token)
+
+    def apply(self, change: Change, now_s: int) -> bool:
+        """Fold a change in and note it for the stream; return False for an opt-in that lifts nothing.
+
+        An opt-out is always noted, at the event time that stands afterwards; an opt-in only where it counts.
+        """
+        event_s = min(change.event_s, now_s + MAX_AHEAD_S)
+        before = (self.get(change.token) or {}).get(change.rule)
+        after = fold(before, out=change.out, event_s=event_s)
+        if after is None or (after == before and not change.out):
+            return False
+        entries = self.changed.get(change.token)
+        if entries is None:
+            entries = self.changed[change.token] = dict(self._base.get(change.token) or {})
+        entries[change.rule] = after
+        self.changes.append(change._replace(event_s=after.event_s))
+        return True
+
+
+class Suppressions:
+    """The suppressions in memory: token → entries. The base view of one process."""
+
+    __slots__ = ("_entries",)
+
+    def __init__(self) -> None:
+        self._entries: dict[bytes, dict[Rule, State]] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, token: bytes) -> Entries | None:
+        """Return the entries of a person, or None; does not block."""
+        return self._entries.get(token)
+
+    def apply(self, token: bytes, rule: Rule, *, out: bool, event_s: int) -> None:
+        """Fold in one record of the stream, in log order."""
+        entries = self._entries.get(token)
+        state = fold(entries.get(rule) if entries else None, out=out, event_s=event_s)
+        if state is not None:
+            self._entries.setdefault(token, {})[rule] = state
+
+    def merge(self, overlay: Overlay) -> None:
+        """Take over what a committed batch changed; reading the same records back changes nothing more."""
+        self._entries.update(overlay.changed)
+
+
+def record_key(token_version: int, change: Change) -> bytes:
+    """Return the key of a change in the `suppressions` stream."""
+    end = "out" if change.out else "in"
+    return "|".join((f"{token_version}.{change.token.hex()}", *change.rule, end)).encode()
+
+
+def parse_key(key: bytes) -> tuple[int, bytes, Rule, bool]:
+    """Return token version, token, rule and whether it is an opt-out. Raises ValueError if it is no such key."""
+    head, rest = key.decode().split("|", 1)
+    scope, class_, channel, authority, end = rest.rsplit("|", 4)
+    version, token = head.split(".")
+    if end not in ("out", "in"):
+        raise ValueError("not a suppression key")
+    return int(version), bytes.fromhex(token), Rule(scope, class_, channel, authority), end == "out"

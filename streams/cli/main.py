@@ -1,0 +1,81 @@
+"""The command line: nouns and verbs, one clear line per error, exit 1 for errors and 2 for wrong usage."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NoReturn
+
+from schemas.errors import StreamveilError
+
+NOUNS = (
+    "demo", "publish", "run", "tail", "screen", "optout", "registry", "quarantine", "keys", "retention", "policy",
+)  # fmt: skip
+_SAFE = (
+    "the following arguments are required:",
+    "one of the arguments",
+    "not allowed with argument",
+    "expected one argument",
+    "expected at least one argument",
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors never repeat what was typed: an argument may be somebody's number."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print usage and one line, and exit 2."""
+        text = message if any(safe in message for safe in _SAFE) else _anonymised(message)
+        self.print_usage(sys.stderr)
+        self.exit(2, f"{self.prog}: error: {text}\n")
+
+
+def _anonymised(message: str) -> str:
+    if message.startswith("argument ") and ": " in message:
+        return f"{message.split(': ', 1)[0]}: the value is not one that it takes; see --help"
+    return "there are arguments that this command does not take; see --help"
+
+
+def parser() -> Parser:
+    """Return the parser of the whole command line."""
+    main_parser = Parser(
+        prog="streamveil", description="Privacy middleware for SMS and voice traffic.", allow_abbrev=False
+    )
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--config", default="streamveil.toml", metavar="FILE", help="configuration file")
+    common.add_argument("--log", metavar="URL", help="sqlite:///PATH")
+    nouns = main_parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
+    for noun in NOUNS:
+        import_module(f"streams.cli.{noun}").add(nouns)
+    for leaf in _leaves(main_parser):
+        for action in common._actions:  # noqa: SLF001 — argparse has no other way to share options with leaves
+            leaf._add_action(action)  # noqa: SLF001 — as above
+    return main_parser
+
+
+def _leaves(node: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    """Return the parsers below a node that have no sub-commands: those that run something."""
+    children: dict[str, argparse.ArgumentParser] = {}
+    for action in node._actions:  # noqa: SLF001 — as above
+        if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001 — as above
+            children |= action.choices
+    return [leaf for child in children.values() for leaf in _leaves(child)] or [node]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status: 0, 1 for an error (one line on standard error), 2 for wrong usage."""
+    args = parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except StreamveilError as error:
+        print(f"streamveil: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
