@@ -6,8 +6,6 @@ The reasons are the vocabulary of `REASONS`; none carries anything of the record
 import re
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import NamedTuple
-
 import msgspec
 import orjson
 
@@ -47,18 +45,11 @@ REASONS = frozenset(
     | {"bad_value"}
 )
 
-_decoder = msgspec.json.Decoder(Inbound)
+_decoder: msgspec.json.Decoder[Inbound] = msgspec.json.Decoder(Inbound)
 _PATH = re.compile(r"at `\$\.([a-z_]+)")
 _MISSING = re.compile(r"missing required field `([a-z_]+)`")
 _LEAP_SECOND = re.compile(r"(\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d):60(\.\d+)?([Zz]|[+-]\d\d:\d\d)")
 _COUNTRY, _MCC, _MNC, _CURRENCY = (re.compile(p) for p in ("[A-Z]{2}", "[0-9]{3}", "[0-9]{2,3}", "[A-Z]{3}"))
-
-
-class Parties(NamedTuple):
-    """The two sides of a record, normalised: who it is about, and the other."""
-
-    primary: Party
-    other: Party
 
 
 def decode(value: bytes) -> Inbound:
@@ -85,7 +76,7 @@ def decode(value: bytes) -> Inbound:
     return record
 
 
-def parties(record: Inbound, region: str | None) -> Parties:
+def parties(record: Inbound, region: str | None) -> tuple[Party, Party]:
     """Return primary person and other party: recipient and sender of `mt`, sender and recipient of `mo`.
 
     Raises Poison if the record id spells out one of their numbers: ids stand in the clear in verdicts.
@@ -94,11 +85,11 @@ def parties(record: Inbound, region: str | None) -> Parties:
     recipient = normalise(record.recipient, region or record.country)
     record_id = record.record_id
     for party in (sender, recipient):
-        if len(party.value) >= 8 and party.is_person and party.value.lstrip("+") in record_id:
+        if party.is_person and party.value[1:] in record_id and len(party.value) >= 8:
             raise Poison("record_id_holds_number")
     if record.direction == "mt" and not isinstance(record, Preference):
-        return Parties(recipient, sender)
-    return Parties(sender, recipient)
+        return recipient, sender
+    return sender, recipient
 
 
 def timestamp(record: Inbound, now_s: float) -> int:
@@ -190,5 +181,3 @@ def _reason(error: Exception, fields: dict[str, object]) -> str:
     if path is not None and path[1] in FIELDS:
         return f"bad_value:{path[1]}"
     return "bad_value"
-
-

@@ -6,6 +6,7 @@ only looks up.
 
 from typing import NamedTuple
 
+import msgspec
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from schemas.sealed import KeyId, record_key
@@ -22,7 +23,7 @@ class EpochRef(NamedTuple):
     epoch: str
 
 
-class PersonRef(NamedTuple):
+class PersonRef(msgspec.Struct, frozen=True, gc=False):
     """Which person secret: owner, 16-byte token of the person, UTC month of the communication (`2026-11`)."""
 
     owner: str
@@ -72,14 +73,15 @@ class KeyRing:
     def __init__(self) -> None:
         self.epochs: dict[EpochRef, EpochKey] = {}
         self.persons: dict[PersonRef, PersonSecret] = {}
-        self.ciphers: dict[tuple[KeyId, str, str], AESGCM] = {}
+        self.ciphers: dict[tuple[str, str], AESGCM] = {}
 
     def __repr__(self) -> str:
         return f"KeyRing({len(self.epochs)} epochs, {len(self.persons)} persons)"
 
-    def cipher(self, epoch: EpochKey, sid: str, secret: bytes, account: str) -> AESGCM:
-        """Return the record cipher of an epoch key and a person secret (or salt) for an account; derived once."""
-        cached = self.ciphers.get((epoch.id, sid, account))
-        if cached is None:
-            cached = self.ciphers[epoch.id, sid, account] = record_key(epoch.key, secret, epoch.id, account)
-        return cached
+    def cipher(self, epoch: EpochKey, name: str, sid: str, secret: bytes, account: str) -> AESGCM:
+        """Derive the record cipher of an epoch key and a person secret (or salt) for an account, and keep it.
+
+        It is kept as (`name`, sid), where `name` is the epoch key's id, `|` and the account.
+        """
+        made = self.ciphers[name, sid] = record_key(epoch.key, secret, epoch.id, account)
+        return made

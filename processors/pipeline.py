@@ -10,21 +10,21 @@ A batch that waited or was aborted is prepared anew. Every input offset ends in 
 
 from collections.abc import Callable, Sequence
 from enum import StrEnum
-from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import orjson
 
 from processors.decode import decode, parties, timestamp
-from processors.keyring import PLATFORM, EpochRef, KeyRing, Needs, PersonRef, PersonSecret
+from processors.keyring import PLATFORM, KeyRing, Needs, PersonRef
 from processors.plan import Plan, Planner, Template
+from processors.retention import instant
 from processors.screen.keywords import Keywords, Match
 from processors.screen.quiet_hours import QuietHours
-from processors.screen.suppression import Change, Overlay, Rule, Tokens, View, record_key
-from processors.screen.verdict import RegistryView, Subject, Verdict, verdict
-from processors.seal import Entropy, Sealer
-from processors.split import billable_units, layouts
+from processors.screen.suppression import Change, Overlay, Rule, Tokens, View, record_key, scope_id
+from processors.screen.verdict import REASONS, RegistryView, Subject, Verdict, verdict
+from processors.seal import Entropy, Seal, Sealer
+from processors.split import Layout, billable_units, layouts
 from schemas.catalog import partition_for
 from schemas.errors import Poison
 from schemas.fields import Party, PrivacyClass, classes_of
@@ -32,6 +32,7 @@ from schemas.inbound import Cdr, Inbound, Preference, Request
 from schemas.outbound import Message, Output
 
 UNKNOWN_ACCOUNT = ""
+_NO_ID, _AFTER_ID = b'"","sealed":[', b',"sealed":['
 _encode = msgspec.json.Encoder().encode
 _SECONDS = tuple(f":{s // 60:02}:{s % 60:02}Z" for s in range(3600))
 
@@ -62,15 +63,33 @@ class Inbox(NamedTuple):
     values: Sequence[bytes]
 
 
-class _Communication(NamedTuple):
-    """A record that will be sealed: its plan, exact instant, and the secrets of the people in it."""
+class _Cdr(msgspec.Struct, frozen=True, gc=False):
+    """A CDR to be sealed and split: its plan, whose secrets seal it, and its content as JSON (None: not kept)."""
 
-    record: Request | Cdr
+    record: Cdr
     plan: Plan
-    at: str
-    persons: tuple[PersonRef | None, PersonRef | None]  # of the platform's copy (or the only one): primary, other
+    personal: bool  # the sealed record is still to be kept
+    primary: PersonRef | None
+    other: PersonRef | None
+    content: bytes | None
     content_person: PersonRef | None
-    verdict: Verdict | None
+
+
+class _Request(msgspec.Struct, frozen=True, gc=False):
+    """A request with its verdict, and whose secrets seal it if it is cleared."""
+
+    record: Request
+    verdict: Verdict
+    primary: PersonRef | None
+    other: PersonRef | None
+
+
+class _Review(msgspec.Struct, frozen=True, gc=False):
+    """A near miss for review: its fields as JSON, and whose secret seals them."""
+
+    plan: Plan
+    person: PersonRef
+    fields: bytes
 
 
 class Prepared(NamedTuple):
@@ -81,9 +100,9 @@ class Prepared(NamedTuple):
     outcomes: list[Outcome]
     needs: Needs
     overlay: Overlay
-    cdrs: list[_Communication]
-    requests: list[_Communication]
-    reviews: list[_Communication]
+    cdrs: list[_Cdr]
+    requests: list[_Request]
+    reviews: list[_Review]
     quarantined: list[tuple[int, str]]
 
     def __repr__(self) -> str:
@@ -121,22 +140,17 @@ class Pipeline:
 class _Preparation:
     """One run of `prepare`: the state that its records share."""
 
-    def __init__(
-        self, pipeline: Pipeline, inbox: Inbox, view: View, registries: RegistryView, now_s: int
-    ) -> None:
+    def __init__(self, pipeline: Pipeline, inbox: Inbox, view: View, registries: RegistryView, now_s: int) -> None:
         self.pipeline = pipeline
         self.policy = pipeline.policy
         self.planner = pipeline.planner
-        self.token = lru_cache(maxsize=None)(pipeline.tokens.of)
         self.registries = registries
         self.now_s = now_s
         hours = self.policy.screening.quiet_hours
         self.quiet = None if hours is None else QuietHours(hours.start_time, hours.end_time, now_s)
-        self.epochs: dict[EpochRef, tuple[int | None, int]] = {}
+        self.seals: dict[Template, int] = {}
         self.persons: dict[PersonRef, int | None] = {}
-        self.prepared = Prepared(
-            inbox, now_s, [], Needs(self.epochs, self.persons), Overlay(view), [], [], [], []
-        )
+        self.prepared = Prepared(inbox, now_s, [], Needs({}, self.persons), Overlay(view), [], [], [], [])
         self.handlers: dict[type, Callable[..., Outcome]] = {
             Request: self._request,
             Cdr: self._cdr,
@@ -144,65 +158,81 @@ class _Preparation:
         }
 
     def run(self) -> Prepared:
+        inbox = self.prepared.inbox
         outcomes = self.prepared.outcomes
         handlers = self.handlers
-        for index, value in enumerate(self.prepared.inbox.values):
-            kind = "unreadable"
+        plan_of = self.planner.plan
+        now_s = self.now_s
+        for index, value in enumerate(inbox.values):
+            record = None
             try:
                 record = decode(value)
-                kind = record.__struct_config__.tag
-                ts = timestamp(record, self.now_s)
-                plan = self.planner.plan(record.account_id, ts)
+                ts = timestamp(record, now_s)
+                plan = plan_of(record.account_id, ts)
                 if plan is None:
                     raise Poison("account_unknown")
                 primary, other = parties(record, plan.account.default_region)
                 outcomes.append(handlers[type(record)](record, plan, ts, primary, other))
             except Poison as poison:
-                self._quarantine(index, str(kind), poison.reason)
+                self._quarantine(index, record, poison.reason)
             except Exception:  # a bug of ours meets one record: it is kept, sealed, and the rest goes on
-                self._quarantine(index, str(kind), "internal_error")
+                self._quarantine(index, record, "internal_error")
         for change in self.prepared.overlay.changes:
-            template = self.planner.output("suppressions", _account_of(change.rule), self.now_s)
-            self._need_epoch(template)
+            self._need(self.planner.output("suppressions", _account_of(change.rule), now_s))
+        epochs = self.prepared.needs.epochs
+        for template, count in self.seals.items():
+            if template.ref is not None:
+                epochs[template.ref] = (template.deadline_s, epochs.get(template.ref, (None, 0))[1] + count)
         return self.prepared
 
-    def _quarantine(self, index: int, kind: str, reason: str) -> None:
-        self._need_epoch(self.planner.output("quarantine", UNKNOWN_ACCOUNT, self.now_s))
+    def _quarantine(self, index: int, record: Inbound | None, reason: str) -> None:
+        self._need(self.planner.output("quarantine", UNKNOWN_ACCOUNT, self.now_s))
         self.prepared.quarantined.append((index, reason))
+        kind = "unreadable" if record is None else str(record.__struct_config__.tag)
         self.prepared.outcomes.append(Outcome(kind, End.QUARANTINE, reason))
 
     def _cdr(self, record: Cdr, plan: Plan, ts: int, primary: Party, other: Party) -> Outcome:
         now_s = self.now_s
         moment = plan.moment
         if moment.anonymous_expires_s <= now_s:
-            return Outcome("cdr", End.EXPIRED, "older_than_everything")
+            return _EXPIRED
+        text = record.content
+        content = self.pipeline.cdr.take(record, moment.hour_epoch + _SECONDS[ts % 3600])
         ours = self._token_of(plan, primary)
         theirs = self._token_of(plan, other)
-        persons: tuple[PersonRef | None, PersonRef | None] = (None, None)
-        content_person = None
-        if moment.pii_expires_s > now_s:
-            self._need_epoch(plan.pii, 1 if theirs is None else 2)
-            persons = (self._need_person(plan.pii, ours, plan), self._need_person(plan.pii, theirs, plan))
-        if plan.content is not None and (plan.content.deadline_s or 0) > now_s and has_content(record):
-            self._need_epoch(plan.content)
-            content_person = self._need_person(plan.content, ours, plan)
-        item = _Communication(record, plan, self._exact(plan, ts), persons, content_person, None)
-        self.prepared.cdrs.append(item)
-        if record.direction == "mo" and record.channel == "sms" and ours is not None:
-            self._keyword(record, plan, ts, primary, other, ours, item)
-        return _EMIT_CDR if moment.pii_expires_s > now_s else _EMIT_ANONYMOUS_ONLY
+        primary_ref = other_ref = content_ref = None
+        personal = moment.pii_expires_s > now_s
+        if personal:
+            self._need(plan.pii, 1 if theirs is None else 2)
+            if ours is not None:
+                primary_ref = self._person(plan.pii, ours, plan)
+            if theirs is not None:
+                other_ref = self._person(plan.pii, theirs, plan)
+        if content is not None:
+            if plan.content is None or plan.content_expires_s <= now_s:
+                content = None
+            else:
+                self._need(plan.content)
+                if ours is not None:
+                    content_ref = self._person(plan.content, ours, plan)
+        self.prepared.cdrs.append(_Cdr(record, plan, personal, primary_ref, other_ref, content, content_ref))
+        if text is not None and ours is not None and record.direction == "mo":
+            self._keyword(text, record, plan, ts, primary, other, ours)
+        return _EMIT_CDR if personal else _EMIT_ANONYMOUS_ONLY
 
-    def _keyword(
-        self, record: Cdr, plan: Plan, ts: int, primary: Party, other: Party, token: bytes, item: _Communication
-    ) -> None:
-        match = self.pipeline.keywords.match(record.content)
+    def _keyword(self, text: str, record: Cdr, plan: Plan, ts: int, primary: Party, other: Party, token: bytes) -> None:
+        """Act on an inbound text that is a keyword as a whole; send a near miss to review."""
+        match = self.pipeline.keywords.match(text)
         if match is Match.NONE:
             return
         if match is Match.NEAR:
-            if (plan.review.deadline_s or 0) > self.now_s:
-                self._need_epoch(plan.review)
-                person = self._need_person(plan.review, token, plan)
-                self.prepared.reviews.append(item._replace(content_person=person))
+            if plan.review_expires_s > self.now_s:
+                self._need(plan.review)
+                fields = {"record_id": record.record_id, "occurred_at": record.occurred_at,
+                          "sender": record.sender, "recipient": record.recipient}  # fmt: skip
+                if plan.content is not None:
+                    fields["content"] = text
+                self.prepared.reviews.append(_Review(plan, self._person(plan.review, token, plan), _encode(fields)))
             return
         keyword = self.policy.screening.keyword
         scope = self._scope(keyword.scope, record, other)
@@ -217,86 +247,70 @@ class _Preparation:
             raise Poison("bad_value:sender")
         rule = Rule(self._scope(record.scope, record, other), record.class_, record.channel, "person")
         change = Change(token, rule, record.action == "opt_out", ts, primary.value, "preference")
-        effective = self.prepared.overlay.apply(change, self.now_s)
-        return _EMIT_PREFERENCE if effective else Outcome("preference", End.EMIT, "lifts_nothing")
+        return _EMIT_PREFERENCE if self.prepared.overlay.apply(change, self.now_s) else _LIFTS_NOTHING
 
     def _request(self, record: Request, plan: Plan, ts: int, primary: Party, other: Party) -> Outcome:
         now_s = self.now_s
+        account_id = record.account_id
         token = self._token_of(plan, primary)
+        overlay = self.prepared.overlay
         subject = Subject(
-            record.account_id,
+            account_id,
             primary,
-            token is not None,
-            token or b"",
+            token,
             record.channel,
             record.purpose,
-            self._scope("sender", record, other),
-            f"campaign:{record.account_id}:{record.campaign_id}" if record.campaign_id else None,
             record.country,
-            bool(record.child),
+            record.child is True,
             ts,
+            # scopes that need hashing are built only for a person who has opted out of something
+            self._scopes(record, other) if token is not None and overlay.get(token) else (),
         )
-        decided = verdict(
-            subject, self.prepared.overlay, self.registries, self.policy, plan.account, self.quiet, now_s
+        decided = verdict(subject, overlay, self.registries, self.policy, plan.account, self.quiet, now_s)
+        if decided.reason is not None:
+            self.prepared.requests.append(_Request(record, decided, None, None))
+            return _REFUSALS[decided.reason]
+        self.pipeline.request.take(record, plan.moment.hour_epoch + _SECONDS[ts % 3600])
+        template = self.planner.output("cleared", account_id, now_s)
+        theirs = self._token_of(plan, other)
+        self._need(template, 1 if theirs is None else 2)
+        primary_ref = None if token is None else self._person(template, token, plan)
+        other_ref = None if theirs is None else self._person(template, theirs, plan)
+        self.prepared.requests.append(_Request(record, decided, primary_ref, other_ref))
+        return _EMIT_REQUEST
+
+    def _scopes(self, record: Inbound, other: Party) -> tuple[str, ...]:
+        scopes = (
+            ("platform", "account", "sender", "campaign") if record.campaign_id else ("platform", "account", "sender")
         )
-        persons: tuple[PersonRef | None, PersonRef | None] = (None, None)
-        if decided.reason is None:
-            template = self.planner.output("cleared", record.account_id, now_s)
-            theirs = self._token_of(plan, other)
-            self._need_epoch(template, 1 if theirs is None else 2)
-            persons = (self._need_person(template, token, plan), self._need_person(template, theirs, plan))
-        self.prepared.requests.append(
-            _Communication(record, plan, self._exact(plan, ts), persons, None, decided)
-        )
-        if decided.reason is None:
-            return _EMIT_REQUEST
-        return Outcome("request", End.REFUSE, decided.reason)
+        return tuple(self._scope(scope, record, other) for scope in scopes)
 
     def _scope(self, scope: str, record: Inbound, other: Party) -> str:
-        """Return the full scope of a suppression: a sender is named by its token, for it may be a number."""
-        account = record.account_id
-        if scope == "account":
-            return f"account:{account}"
-        if scope == "sender":
-            return f"sender:{account}:{self.token(other.value).hex()}"
-        if scope == "campaign":
-            return f"campaign:{account}:{record.campaign_id}"
-        return "platform"
+        return scope_id(scope, record.account_id, other.value, record.campaign_id, self.pipeline.tokens)
 
     def _token_of(self, plan: Plan, party: Party) -> bytes | None:
         """Return the person's token, or None if no person is behind the party for this account."""
-        if not party.is_person or party.value in plan.account.own:
+        if not party.is_person or party.value in plan.own:
             return None
-        return self.token(party.value)
+        return self.pipeline.tokens.of(party.value)
 
-    def _need_epoch(self, template: Template, seals: int = 1) -> None:
-        ref = template.ref
-        if ref is None:
-            raise ValueError("this stream seals nothing")
-        deadline, count = self.epochs.get(ref, (template.deadline_s, 0))
-        self.epochs[ref] = (deadline, count + seals)
+    def _need(self, template: Template, seals: int = 1) -> None:
+        self.seals[template] = self.seals.get(template, 0) + seals
 
-    def _need_person(self, template: Template, token: bytes | None, plan: Plan) -> PersonRef | None:
-        if token is None or template.ref is None:
-            return None
-        owner = template.ref.owner
-        ref = PersonRef(owner, token, plan.moment.month_epoch)
+    def _person(self, template: Template, token: bytes, plan: Plan) -> PersonRef:
+        owner = template.owner
+        ref = PersonRef(owner, token, plan.month)
         self.persons[ref] = plan.pii_deadline_s if owner == PLATFORM else plan.account_deadline_s
         return ref
-
-    def _exact(self, plan: Plan, ts: int) -> str:
-        return plan.moment.hour_epoch + _SECONDS[ts % 3600]
 
 
 _EMIT_CDR = Outcome("cdr", End.EMIT, None)
 _EMIT_ANONYMOUS_ONLY = Outcome("cdr", End.EMIT, "personal_part_expired")
+_EXPIRED = Outcome("cdr", End.EXPIRED, "older_than_everything")
 _EMIT_REQUEST = Outcome("request", End.EMIT, None)
 _EMIT_PREFERENCE = Outcome("preference", End.EMIT, None)
-
-
-def has_content(record: Request | Cdr) -> bool:
-    """Return whether anything was said: text, recording or transcript, not empty."""
-    return bool(record.content or record.recording_ref or record.transcript)
+_LIFTS_NOTHING = Outcome("preference", End.EMIT, "lifts_nothing")
+_REFUSALS = {reason: Outcome("request", End.REFUSE, reason) for reason in REASONS}
 
 
 class _Completion:
@@ -306,12 +320,14 @@ class _Completion:
         self, pipeline: Pipeline, prepared: Prepared, ring: KeyRing, entropy: Entropy, partitions: int
     ) -> None:
         self.pipeline = pipeline
+        self.planner = pipeline.planner
         self.prepared = prepared
         self.ring = ring
         self.entropy = entropy
         self.partitions = partitions
         self.now_ms = prepared.now_s * 1000
         self.sealers: dict[Template, Sealer | None] = {}
+        self.seals: dict[Template, Seal | None] = {}
 
     def run(self, *, shuffle: bool) -> list[Output]:
         pii, content, anonymous = self._cdrs()
@@ -333,138 +349,139 @@ class _Completion:
 
     def _sealer(self, template: Template) -> Sealer | None:
         """Return the sealer of a template, or None if its epoch is dead: looked up once a batch."""
-        try:
-            return self.sealers[template]
-        except KeyError:
-            pass
-        epoch = None if template.ref is None else self.ring.epochs.get(template.ref)
-        made = None
-        if epoch is not None:
-            made = Sealer(self.ring, self.entropy, template.stream, template.account, epoch)
-        self.sealers[template] = made
-        return made
+        if template not in self.sealers:
+            epoch = None if template.ref is None else self.ring.epochs.get(template.ref)
+            self.sealers[template] = (
+                None if epoch is None else Sealer(self.ring, self.entropy, template.stream, template.account, epoch)
+            )
+        return self.sealers[template]
 
-    def _person(self, ref: PersonRef | None) -> PersonSecret | None:
-        return None if ref is None else self.ring.persons[ref]
+    def _alive(self, template: Template) -> Sealer:
+        """Return the sealer of a template whose epoch began less than its life ago, so it cannot be dead."""
+        sealer = self._sealer(template)
+        if sealer is None:
+            raise ValueError(f"the key of {template.stream} is missing from the ring")
+        return sealer
+
+    def _seal(self, template: Template, tail: bytes, group: str) -> Seal | None:
+        """Return the function that seals a template's one-part values, or None if its epoch is dead."""
+        try:
+            return self.seals[template]
+        except KeyError:
+            sealer = self._sealer(template)
+            made = self.seals[template] = None if sealer is None else sealer.one_part(tail, group)
+            return made
 
     def _cdrs(self) -> tuple[list[Message], list[Message], list[Message]]:
         pii: list[Message] = []
         content: list[Message] = []
         anonymous: list[Message] = []
         layout = self.pipeline.cdr
-        now_s = self.prepared.now_s
-        for record, plan, at, persons, content_person, _ in self.prepared.cdrs:
-            moment = plan.moment
-            if moment.pii_expires_s > now_s and (sealer := self._sealer(plan.pii)) is not None:
-                value = self._whole(sealer, plan.pii_envelope, record, at, persons)
-                pii.append(Message(moment.day_ms, None, plan.pii.headers, value))
-            template = plan.content
-            if (
-                template is not None
-                and has_content(record)
-                and (template.deadline_s or 0) > now_s
-                and (sealer := self._sealer(template)) is not None
-            ):
+        anonymous_key, whole = layout.anonymous_key, layout.whole
+        persons = self.ring.persons
+        rendered: dict[tuple[Template, str, int | None, tuple[Any, ...]], Message] = {}
+        for item in self.prepared.cdrs:
+            record, plan = item.record, item.plan
+            if item.personal:
+                template = plan.pii
+                head, tail = plan.pii_envelope
+                seal = self._seal(template, tail, "primary")
+                if seal is not None:
+                    if item.other is None:
+                        value = seal(head, None if item.primary is None else persons[item.primary], whole(record))
+                    else:
+                        value = self._apart(template, plan.pii_envelope, layout, item)
+                    pii.append(Message(plan.moment.day_ms, None, template.headers, value))
+            if item.content is not None and plan.content is not None:
+                template = plan.content
                 head, tail = plan.content_envelope
-                value = sealer.one(head, tail, "content", self._person(content_person), layout.content(record, at))
-                content.append(Message(moment.day_ms, None, template.headers, value))
+                seal = self._seal(template, tail, "content")
+                if seal is not None:
+                    person = None if item.content_person is None else persons[item.content_person]
+                    value = seal(head, person, item.content)
+                    content.append(Message(plan.moment.day_ms, None, template.headers, value))
             units = billable_units(record, plan.increment_s) if record.channel == "voice" else None
-            rendered = layout.anonymous(record, units, moment.coarse, plan.anonymous.privacy)
-            anonymous.append(Message(moment.coarse_ms, None, plan.anonymous.headers, rendered))
+            fields = anonymous_key(record)
+            key = (plan.anonymous, plan.moment.coarse, units, fields)
+            message = rendered.get(key)
+            if message is None:
+                value = layout.anonymous(fields, units, plan.moment.coarse, plan.anonymous.privacy)
+                message = Message(plan.moment.coarse_ms, None, plan.anonymous.headers, value)
+                rendered[key] = message
+            anonymous.append(message)
         return pii, content, anonymous
 
-    def _whole(
-        self,
-        sealer: Sealer,
-        envelope: tuple[bytes, bytes],
-        record: Request | Cdr,
-        at: str,
-        persons: tuple[PersonRef | None, PersonRef | None],
-    ) -> bytes:
-        """Return a whole record sealed: one part, or two where another party is a person of their own."""
-        layout = self.pipeline.cdr if isinstance(record, Cdr) else self.pipeline.request
-        head, tail = envelope
-        primary, other = persons
-        if other is None:
-            return sealer.one(head, tail, "primary", self._person(primary), layout.whole(record, at))
-        rest, own = layout.other[record.direction]
-        return sealer.several(
-            head,
-            tail,
-            [
-                ("primary", self._person(primary), rest(record, at)),
-                ("other", self._person(other), own(record, at)),
-            ],
-        )
+    def _apart(self, template: Template, envelope: tuple[bytes, bytes], layout: Layout, item: _Cdr | _Request) -> bytes:
+        """Return a record of two persons sealed in two parts, each under the secret of whom it is about."""
+        persons = self.ring.persons
+        rest, own = layout.other[item.record.direction]
+        primary = None if item.primary is None else persons[item.primary]
+        other = None if item.other is None else persons[item.other]
+        parts = (("primary", primary, rest(item.record)), ("other", other, own(item.record)))
+        return self._alive(template).several(*envelope, parts)
 
     def _requests(self) -> tuple[list[Message], list[Message]]:
         verdicts: list[Message] = []
         cleared: list[Message] = []
         now_s, now_ms = self.prepared.now_s, self.now_ms
-        planner = self.pipeline.planner
-        for record, _plan, at, persons, _, decided in self.prepared.requests:
-            if decided is None:
-                raise ValueError("a request has a verdict")
-            template = planner.output("verdicts", record.account_id, now_s)
-            value = render_verdict(planner, template, record.record_id, record.channel, record.purpose, decided, now_s)
+        planner, layout, persons = self.planner, self.pipeline.request, self.ring.persons
+        envelopes: dict[tuple[Template, str, str, int | None], tuple[bytes, bytes]] = {}
+        for item in self.prepared.requests:
+            record, decided = item.record, item.verdict
+            account_id, channel, purpose = record.account_id, record.channel, record.purpose
+            template = planner.output("verdicts", account_id, now_s)
+            value = render_verdict(planner, template, record.record_id, channel, purpose, decided, now_s)
             verdicts.append(Message(now_ms, None, template.headers, value))
             if decided.reason is not None:
                 continue
-            template = planner.output("cleared", record.account_id, now_s)
-            sealer = self._sealer(template)
-            if sealer is None:
-                raise ValueError("a transit key of this hour is alive")
-            head, tail = template.envelope(
-                account_id=record.account_id,
-                channel=record.channel,
-                not_after=planner.calendar.instant(decided.not_after_s or now_s),
-                purpose=record.purpose,
-                record_id=record.record_id,
-            )
-            value = self._whole(sealer, (head, tail), record, at, persons)
+            template = planner.output("cleared", account_id, now_s)
+            terms = (template, channel, purpose, decided.not_after_s)
+            envelope = envelopes.get(terms)
+            if envelope is None:
+                not_after = instant(decided.not_after_s or now_s)
+                envelope = envelopes[terms] = template.envelope(
+                    account_id=account_id, channel=channel, not_after=not_after, purpose=purpose, record_id=""
+                )
+            head, tail = envelope
+            # the record id stands last before the parts, so the rest of the head is constant
+            head = b"".join((head[: -len(_NO_ID)], orjson.dumps(record.record_id), _AFTER_ID))
+            if item.other is None:
+                seal = self._seal(template, tail, "primary")
+                if seal is None:
+                    raise ValueError("the key of cleared is missing from the ring")
+                value = seal(head, None if item.primary is None else persons[item.primary], layout.whole(record))
+            else:
+                value = self._apart(template, (head, tail), layout, item)
             cleared.append(Message(now_ms, None, template.headers, value))
         return verdicts, cleared
 
     def _reviews(self) -> list[Message]:
         messages = []
-        for record, plan, at, _, person, _ in self.prepared.reviews:
-            sealer = self._sealer(plan.review)
-            if sealer is None:
-                continue
-            head, tail = plan.review_envelope
-            fields = {"record_id": record.record_id, "sender": record.sender, "recipient": record.recipient,
-                      "occurred_at": at}  # fmt: skip
-            if plan.content is not None:
-                fields["content"] = record.content or ""
-            value = sealer.one(head, tail, "review", self._person(person), _encode(fields))
-            messages.append(Message(plan.moment.day_ms, None, plan.review.headers, value))
+        for item in self.prepared.reviews:
+            sealer = self._sealer(item.plan.review)
+            if sealer is not None:
+                person = self.ring.persons[item.person]
+                value = sealer.several(*item.plan.review_envelope, (("review", person, item.fields),))
+                messages.append(Message(item.plan.moment.day_ms, None, item.plan.review.headers, value))
         return messages
 
     def _quarantined(self) -> list[Message]:
-        if not self.prepared.quarantined:
-            return []
-        inbox = self.prepared.inbox
-        template = self.pipeline.planner.output("quarantine", UNKNOWN_ACCOUNT, self.prepared.now_s)
-        sealer = self._sealer(template)
-        if sealer is None:
-            raise ValueError("a quarantine key of this day is alive")
         messages = []
+        inbox = self.prepared.inbox
         for index, reason in self.prepared.quarantined:
-            head, tail = template.envelope(
+            template = self.planner.output("quarantine", UNKNOWN_ACCOUNT, self.prepared.now_s)
+            envelope = template.envelope(
                 reason=reason, stream=inbox.stream, partition=inbox.partition, offset=inbox.offset + index
             )
-            value = sealer.one(head, tail, "record", None, inbox.values[index])
+            value = self._alive(template).several(*envelope, (("record", None, inbox.values[index]),))
             messages.append(Message(self.now_ms, None, template.headers, value))
         return messages
 
     def _suppressions(self) -> list[Output]:
         by_partition: dict[int, list[Message]] = {}
         for change in self.prepared.overlay.changes:
-            message = seal_change(
-                self.pipeline, self._sealer, change, self.prepared.now_s
-            )
-            partition = partition_for(change.token, self.partitions)
-            by_partition.setdefault(partition, []).append(message)
+            message = seal_change(self.pipeline, self._alive, change, self.prepared.now_s)
+            by_partition.setdefault(partition_for(change.token, self.partitions), []).append(message)
         return [Output("suppressions", partition, messages) for partition, messages in by_partition.items()]
 
 
@@ -472,23 +489,18 @@ def _account_of(rule: Rule) -> str:
     return rule.scope.split(":")[1] if ":" in rule.scope else UNKNOWN_ACCOUNT
 
 
-def seal_change(
-    pipeline: Pipeline, sealer_of: Callable[[Template], Sealer | None], change: Change, now_s: int
-) -> Message:
+def seal_change(pipeline: Pipeline, sealer_of: Callable[[Template], Sealer], change: Change, now_s: int) -> Message:
     """Return the `suppressions` message of a change; the number stands in the sealed part and nowhere else."""
     template = pipeline.planner.output("suppressions", _account_of(change.rule), now_s)
-    sealer = sealer_of(template)
-    if sealer is None:
-        raise ValueError("the suppression key is alive")
     key = record_key(pipeline.tokens.version, change)
-    calendar = pipeline.planner.calendar
     head, tail = template.envelope(
         action="opt_out" if change.out else "opt_in",
         entry=key.decode(),
-        event_at=calendar.instant(change.event_s),
+        event_at=instant(change.event_s),
         reason=change.reason,
     )
-    value = sealer.one(head, tail, "number", None, _encode({"number": change.number}), bare=True)
+    number = _encode({"number": change.number})
+    value = sealer_of(template).several(head, tail, (("number", None, number),), bare=True)
     return Message(now_s * 1000, key, template.headers, value)
 
 
@@ -504,7 +516,6 @@ def render_verdict(
     second: bool = False,
 ) -> bytes:
     """Return a verdict as JSON: id, cleared or refused, reason, clause, vendor codes, instants; no number, no text."""
-    instant = planner.calendar.instant
     return orjson.dumps(
         {
             "v": 1,

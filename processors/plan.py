@@ -9,7 +9,7 @@ from datetime import UTC, date, datetime
 import orjson
 
 from processors.keyring import PLATFORM, EpochRef
-from processors.retention import Calendar, Moment
+from processors.retention import Calendar, Moment, content_expires_s, instant
 from processors.roles import Tags, headers, privacy_object, tags
 from schemas.catalog import CATALOG, Domain
 from schemas.outbound import Headers
@@ -26,7 +26,7 @@ _DAY_S = 86_400
 class Template:
     """The constant parts of one stream's values: key epoch, owner, deadline, envelope (without the parts), headers."""
 
-    __slots__ = ("account", "deadline_s", "headers", "privacy", "ref", "stream")
+    __slots__ = ("account", "deadline_s", "headers", "owner", "privacy", "ref", "stream")
 
     def __init__(
         self, stream: str, account: str, ref: EpochRef | None, deadline_s: int | None, tag: Tags, privacy: bytes
@@ -34,6 +34,7 @@ class Template:
         self.stream = stream
         self.account = account
         self.ref = ref
+        self.owner = "" if ref is None else ref.owner
         self.deadline_s = deadline_s
         self.headers: Headers = headers(tag)
         self.privacy = privacy
@@ -47,12 +48,17 @@ class Plan:
     """One account, one quarter of an hour. `content` is None where the account has its content never stored."""
 
     __slots__ = (
-        "account", "account_deadline_s", "anonymous", "content", "content_envelope", "increment_s", "moment",
-        "pii", "pii_deadline_s", "pii_envelope", "review", "review_envelope",
+        "account", "account_deadline_s", "anonymous", "content", "content_envelope", "content_expires_s",
+        "increment_s", "moment", "month", "own", "pii", "pii_deadline_s", "pii_envelope", "review",
+        "review_envelope", "review_expires_s",
     )  # fmt: skip
 
     account: Account
+    own: frozenset[str]
     moment: Moment
+    month: str
+    content_expires_s: int
+    review_expires_s: int
     pii: Template
     pii_envelope: tuple[bytes, bytes]
     content: Template | None
@@ -117,11 +123,12 @@ class Planner:
 
     def _make(self, account_id: str, account: Account, ts: int) -> Plan:
         moment = self.calendar.moment(ts)
-        day_start_s = ts // _DAY_S * _DAY_S
         keep_days = self.policy.content_days(account)
         plan = Plan()
         plan.account = account
+        plan.own = account.own
         plan.moment = moment
+        plan.month = moment.month_epoch
         plan.increment_s = self.policy.increment_s(account)
         traffic = tags(self.policy, account_id, "traffic", _day(ts))
         content = tags(self.policy, account_id, "content", _day(ts))
@@ -133,16 +140,17 @@ class Planner:
         plan.pii_envelope = plan.pii.envelope(account_id=account_id, month=moment.month_epoch)
         owner = _owner(content, account_id)
         plan.content = None
+        plan.content_expires_s = 0
         plan.content_envelope = (b"", b"")
         if keep_days is not None:
             ref = EpochRef(Domain.CONTENT, owner, moment.day_epoch)
-            expires_s = self.calendar.content_expires_s(ts, keep_days)
-            plan.content = self._template("content", account_id, ref, expires_s, content)
+            plan.content_expires_s = content_expires_s(ts, keep_days)
+            plan.content = self._template("content", account_id, ref, plan.content_expires_s, content)
             plan.content_envelope = plan.content.envelope(account_id=account_id, day=moment.day_epoch)
         review_days = REVIEW_DAYS if keep_days is None else min(keep_days, REVIEW_DAYS)
         review_ref = EpochRef(Domain.REVIEW, owner, moment.day_epoch)
-        review_s = day_start_s + (review_days + 1) * _DAY_S
-        plan.review = self._template("review", account_id, review_ref, review_s, content)
+        plan.review_expires_s = content_expires_s(ts, review_days)
+        plan.review = self._template("review", account_id, review_ref, plan.review_expires_s, content)
         plan.review_envelope = plan.review.envelope(account_id=account_id, day=moment.day_epoch)
         plan.anonymous = self._template(
             "cdr.anonymous",
@@ -150,7 +158,7 @@ class Planner:
             None,
             moment.anonymous_expires_s,
             anonymous,
-            anonymous_from=self.calendar.instant(moment.pii_expires_s),
+            anonymous_from=instant(moment.pii_expires_s),
         )
         return plan
 
@@ -164,7 +172,7 @@ class Planner:
         *,
         anonymous_from: str | None = None,
     ) -> Template:
-        expires_at = None if deadline_s is None else self.calendar.instant(deadline_s)
+        expires_at = None if deadline_s is None else instant(deadline_s)
         privacy = orjson.dumps(privacy_object(tag, expires_at, anonymous_from), option=orjson.OPT_SORT_KEYS)
         return Template(stream, account_id, ref, deadline_s, tag, privacy)
 

@@ -1,8 +1,8 @@
 """When data dies: deadlines of retention rules, and what the clock says of one communication, memoised.
 
 Rules of this file: instants are whole Unix seconds or aware datetimes in UTC; a deadline is the first instant
-at which the data is dead. Key epochs of hours and days are UTC; months, years and dates of retention rules are
-of the policy's time zone. Nothing raises for an instant outside the years 1 to 9999: it is clamped.
+at which the data is dead. Key epochs of hours and days are UTC; months, years and the dates of rules are of
+the policy's time zone. Nothing raises for an instant outside the years 1 to 9999: it is clamped.
 """
 
 from datetime import UTC, date, datetime, time, timedelta, tzinfo

@@ -68,9 +68,7 @@ def _transfer(policy: Policy, account: Account | None, role: Role, *, to_account
     return MODULES[theirs, role]
 
 
-def privacy_object(
-    tags: Tags, expires_at: str | None, anonymous_from: str | None = None
-) -> dict[str, object]:
+def privacy_object(tags: Tags, expires_at: str | None, anonymous_from: str | None = None) -> dict[str, object]:
     """Return the `privacy` object of an output; `anonymous_from` only stands where it is given.
 
     Both instants are RFC 3339 in UTC; `expires_at` None: no deadline.

@@ -4,8 +4,10 @@
 streams (nonces, salt, shuffle); they are never derived from input, never reused, never stored.
 """
 
+import binascii
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, repeat
 from typing import TypeVar
 
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
@@ -17,18 +19,18 @@ from processors.keyring import EpochKey, KeyRing, PersonSecret
 from schemas.sealed import (
     NO_PERSON,
     NONCE_BYTES,
+    PADDING,
     SALT_BYTES,
     SEAL_ID_BYTES,
     aad_head,
-    assemble,
     framed,
     part_head,
     seal_box,
 )
 
 ENTROPY_BYTES = 32
-_DRAW_BYTES = SEAL_ID_BYTES + NONCE_BYTES
-_CHUNK = 1024
+_DRAW = struct.Struct(f"{SEAL_ID_BYTES}s{NONCE_BYTES}s")
+_DRAWS = 1024
 _T = TypeVar("_T")
 
 
@@ -46,27 +48,19 @@ class _Stream:
 
 
 class Entropy:
-    """The randomness of one attempt; the same seed gives the same bytes."""
+    """The randomness of one attempt; the same seed gives the same bytes. `draws` never gives a pair twice."""
 
-    __slots__ = ("_drawn", "_nonces", "_shuffle", "_used", "salt")
+    __slots__ = ("_shuffle", "draws", "salt")
 
     def __init__(self, seed: bytes) -> None:
         if len(seed) != ENTROPY_BYTES:
             raise ValueError("a seed has 32 bytes")
-        self._nonces = _Stream(seed, b"nonce")
+        nonces = _Stream(seed, b"nonce")
         self._shuffle = _Stream(seed, b"shuffle")
         self.salt = _Stream(seed, b"salt").take(SALT_BYTES)
-        self._drawn = b""
-        self._used = 0
-
-    def draw(self) -> bytes:
-        """Return 28 bytes never returned before: seal id ‖ nonce."""
-        at = self._used
-        if at == len(self._drawn):
-            self._drawn = self._nonces.take(_DRAW_BYTES * _CHUNK)
-            at = 0
-        self._used = at + _DRAW_BYTES
-        return self._drawn[at : at + _DRAW_BYTES]
+        chunks = map(nonces.take, repeat(_DRAW.size * _DRAWS))
+        self.draws: Iterator[tuple[bytes, bytes]] = chain.from_iterable(map(_DRAW.iter_unpack, chunks))
+        """Pairs of a seal id and a nonce, without end."""
 
     def shuffled(self, items: Sequence[_T]) -> list[_T]:
         """Return the items in a random order (by 64-bit random keys; each order as likely to within 2^-40)."""
@@ -78,63 +72,81 @@ class Entropy:
         return int.from_bytes(self._shuffle.take(8), "big") % bound
 
 
+Seal = Callable[[bytes, PersonSecret | None, bytes], bytes]
+"""(envelope head; the person whose secret it takes, or None for the batch's salt; plaintext) → sealed value."""
+
+
 class Sealer:
     """Seals values of one stream, account and epoch key: everything constant is rendered once."""
 
-    __slots__ = ("_account", "_entropy", "_epoch", "_groups", "_key_frame", "_owner", "_ring", "_salt", "_stream")
+    __slots__ = ("_account", "_entropy", "_epoch", "_key_frame", "_name", "_ring", "_salt", "_stream")
 
     def __init__(self, ring: KeyRing, entropy: Entropy, stream: str, account: str, epoch: EpochKey) -> None:
         self._ring = ring
         self._entropy = entropy
         self._epoch = epoch
         self._stream = stream
-        self._owner = epoch.id.owner
         self._account = account
+        self._name = f"{epoch.id}|{account}"
         self._key_frame = framed(str(epoch.id).encode())
         self._salt = "salt:" + entropy.salt.hex()
-        self._groups: dict[str, tuple[bytes, bytes]] = {}
 
-    def _constants(self, group: str) -> tuple[bytes, bytes]:
-        found = self._groups.get(group)
-        if found is None:
-            head = aad_head(self._stream, self._owner, self._account, group)
-            found = self._groups[group] = (head, part_head(group, str(self._epoch.id)))
-        return found
+    def one_part(self, tail: bytes, group: str) -> Seal:
+        """Return the function that seals values of one part: `several`, with all that is constant rendered once."""
+        part = part_head(group, str(self._epoch.id))
+        after_box, after_sid = b'",' + part[1:], b'"}' + tail
+        aad_start = aad_head(self._stream, self._epoch.id.owner, self._account, group) + b"\0\0\0\x10"
+        sid_size = b"\0\0\0\x20"
+        fixed_size = len(part) + 32 + len(after_sid)
+        key_frame, name = self._key_frame, self._name
+        ciphers, draws = self._ring.ciphers, self._entropy.draws
+        join, b2a, padding = b"".join, binascii.b2a_base64, PADDING
 
-    def one(
-        self, head: bytes, tail: bytes, group: str, person: PersonSecret | None, plaintext: bytes, *, bare: bool = False
-    ) -> bytes:
-        """Return the sealed value of a record with one part, under a person secret or else the batch's salt.
+        def seal(head: bytes, person: PersonSecret | None, plaintext: bytes) -> bytes:
+            if person is None:
+                return self.several(head, tail, ((group, None, plaintext),))
+            text = person.sid
+            cipher = ciphers.get((name, text)) or self._derive(text, person.secret)
+            sid = text.encode()
+            seal_id, nonce = next(draws)
+            size = (len(head) + fixed_size).to_bytes(4, "big")
+            aad = join((aad_start, seal_id, sid_size, sid, key_frame, size, head, part, sid, after_sid))
+            ciphertext = cipher.encrypt(nonce, plaintext + padding[len(plaintext) % 32], aad)
+            box = b2a(seal_id + nonce + ciphertext, newline=False)
+            return join((head, b'{"box":"', box, after_box, sid, after_sid))
 
-        `bare` takes neither: for the domain whose entries must outlive the person's secrets.
-        """
-        cipher, sid = self._cipher(person, bare=bare)
-        aad, part = self._constants(group)
-        part = part + sid + b'"}'
-        box = seal_box(cipher, aad, sid, self._key_frame, head + part + tail, plaintext, self._entropy.draw())
-        return b"".join((head, b'{"box":"', box, b'",', part[1:], tail))
+        return seal
 
     def several(
-        self, head: bytes, tail: bytes, parts: Sequence[tuple[str, PersonSecret | None, bytes]]
+        self,
+        head: bytes,
+        tail: bytes,
+        parts: Sequence[tuple[str, PersonSecret | None, bytes]],
+        *,
+        bare: bool = False,
     ) -> bytes:
-        """Return the sealed value of a record with several parts, each (group, person, plaintext)."""
+        """Return the sealed value of a record with several parts, each (group, person, plaintext).
+
+        `bare` takes neither secret nor salt: for the domain whose entries must outlive the person's secrets.
+        """
+        key = str(self._epoch.id)
         prepared = []
         for group, person, plaintext in parts:
-            cipher, sid = self._cipher(person)
-            aad, part = self._constants(group)
-            prepared.append((cipher, sid, aad, part + sid + b'"}', plaintext))
-        envelope = head + b",".join([part for _, _, _, part, _ in prepared]) + tail
-        boxes = [
-            (part, seal_box(cipher, aad, sid, self._key_frame, envelope, plaintext, self._entropy.draw()))
-            for cipher, sid, aad, part, plaintext in prepared
-        ]
-        return assemble(head, boxes, tail)
+            if person is not None:
+                text, secret = person.sid, person.secret
+            else:
+                text, secret = (NO_PERSON, b"") if bare else (self._salt, self._entropy.salt)
+            cipher = self._ring.ciphers.get((self._name, text)) or self._derive(text, secret)
+            sid = text.encode()
+            prepared.append((cipher, sid, group, part_head(group, key) + sid + b'"}', plaintext))
+        envelope = head + b",".join([clear for _, _, _, clear, _ in prepared]) + tail
+        sealed = []
+        for cipher, sid, group, clear, plaintext in prepared:
+            aad = aad_head(self._stream, self._epoch.id.owner, self._account, group)
+            seal_id, nonce = next(self._entropy.draws)
+            box = seal_box(cipher, aad, sid, self._key_frame, envelope, plaintext, seal_id + nonce)
+            sealed.append(b'{"box":"' + box + b'",' + clear[1:])
+        return head + b",".join(sealed) + tail
 
-    def _cipher(self, person: PersonSecret | None, *, bare: bool = False) -> tuple[AESGCM, bytes]:
-        if person is not None:
-            sid, secret = person
-        elif bare:
-            sid, secret = NO_PERSON, b""
-        else:
-            sid, secret = self._salt, self._entropy.salt
-        return self._ring.cipher(self._epoch, sid, secret, self._account), sid.encode()
+    def _derive(self, sid: str, secret: bytes) -> AESGCM:
+        return self._ring.cipher(self._epoch, self._name, sid, secret, self._account)

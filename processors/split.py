@@ -1,7 +1,7 @@
 """Split: which field of a record goes into which output, derived from the privacy classes and nothing else.
 
-A `Layout` is compiled once from the class table. Whatever the classes do not allow in an output cannot get there:
-the output's record type does not have the field.
+A `Layout` is compiled once from the class table. `take` separates the content from a record just decoded; what is
+left renders as it is, as the whole sealed record. The anonymous record's type does not have the other fields.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,13 +10,14 @@ from operator import attrgetter
 from typing import Any
 
 import msgspec
+from msgspec.structs import force_setattr
 
 from schemas.fields import PrivacyClass as P
 from schemas.fields import canonical_amount
-from schemas.inbound import Cdr, Communication, Price, Request
+from schemas.inbound import Cdr, Communication, Request
 
-Render = Callable[[Any, str], bytes]
-"""(record, `occurred_at` in RFC 3339 UTC to the second) → JSON object."""
+Render = Callable[[Any], bytes]
+"""Record as `take` left it → JSON object of some of its fields, absent ones left out."""
 
 ANONYMOUS = frozenset({P.ACCOUNT, P.BILLING, P.PRICE})
 """Classes that may stand in the anonymous record as they are."""
@@ -27,25 +28,42 @@ _encode = msgspec.json.Encoder().encode
 class Layout:
     """The compiled split of one record type under one class table."""
 
-    __slots__ = ("anonymous", "anonymous_names", "content", "content_of", "other", "whole")
+    __slots__ = ("_content_names", "_struct", "anonymous", "anonymous_key", "other", "whole")
 
     def __init__(self, struct: type[Communication], classes: Mapping[str, P], *, with_content: bool) -> None:
         names = [name for name in struct.__struct_fields__ if name != "v"]
-        content = [name for name in names if classes[name] is P.CONTENT]
-        sealed = [name for name in names if with_content or classes[name] is not P.CONTENT]
+        self._content_names = [name for name in names if classes[name] is P.CONTENT and not with_content]
+        sealed = [name for name in names if name not in self._content_names]
         kind = str(struct.__struct_config__.tag)
-        self.content_of = _getter(content)
-        self.content = _renderer("content", ["record_id", *content], kind)
-        self.whole = _renderer("whole", sealed, kind)
+        self.whole: Render = _encode
         self.other: dict[str, tuple[Render, Render]] = {}
         for direction, theirs in (("mt", P.SENDER), ("mo", P.RECIPIENT)):
             own = [name for name in sealed if classes[name] is theirs]
             rest = [name for name in sealed if classes[name] is not theirs]
             self.other[direction] = (_renderer("primary", rest, kind), _renderer("other", own, kind))
-        self.anonymous_names = tuple(
-            name for name in names if classes[name] in ANONYMOUS and name != "price"
-        )
-        self.anonymous = _anonymous(self.anonymous_names, priced=classes["price"] in ANONYMOUS)
+        clear = [name for name in names if classes[name] in ANONYMOUS and name != "price"]
+        priced = classes["price"] in ANONYMOUS
+        self.anonymous_key: Callable[[Any], tuple[Any, ...]] = _getter([*clear, *(["price"] if priced else [])])
+        self.anonymous = _anonymous(clear, priced=priced)
+
+    def take(self, record: Communication, at: str) -> bytes | None:
+        """Write a record's instants as RFC 3339 UTC to the second, take its content out and return that as JSON.
+
+        Works in place on a record just decoded, which nobody else has seen yet; None: nothing was said.
+        """
+        force_setattr(record, "occurred_at", at)
+        if record.answered_at is not None:
+            force_setattr(record, "answered_at", _utc(record.answered_at))
+        content = {}
+        for name in self._content_names:
+            value = getattr(record, name)
+            if value is not None:
+                force_setattr(record, name, None)
+                if value:
+                    content[name] = value
+        if not content:
+            return None
+        return _encode({"record_id": record.record_id, **content})
 
 
 def _getter(names: list[str]) -> Callable[[Any], tuple[Any, ...]]:
@@ -55,39 +73,29 @@ def _getter(names: list[str]) -> Callable[[Any], tuple[Any, ...]]:
 
 
 def _renderer(title: str, names: list[str], kind: str) -> Render:
-    """Return a function that renders some fields of a record as JSON, absent ones left out."""
-    timed = "occurred_at" in names
-    plain = [name for name in names if name != "occurred_at"]
-    fields: list[Any] = [("type", str)]
-    fields += [("occurred_at", str)] if timed else []
-    fields += [(name, Any, None) for name in plain]
     struct = msgspec.defstruct(
-        title.capitalize(), fields, omit_defaults=True, frozen=True, rename={"class_": "class"}.get, gc=False
+        title.capitalize(),
+        [("type", str), *[(name, Any, None) for name in names]],
+        omit_defaults=True,
+        frozen=True,
+        gc=False,
     )
-    get = _getter(plain)
-    answered = plain.index("answered_at") if "answered_at" in plain else None
-
-    def render(record: Any, at: str) -> bytes:
-        values = get(record)
-        if answered is not None and values[answered] is not None:
-            values = (*values[:answered], _utc(values[answered]), *values[answered + 1 :])
-        return _encode(struct(kind, at, *values) if timed else struct(kind, *values))
-
-    return render
+    get = _getter(names)
+    return lambda record: _encode(struct(kind, *get(record)))
 
 
 def _utc(instant: datetime) -> str:
     return instant.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _anonymous(names: tuple[str, ...], *, priced: bool) -> Callable[[Any, int | None, str, bytes], bytes]:
-    """Return the renderer of the anonymous record: (record, billable units, coarse instant, privacy JSON)."""
+def _anonymous(names: list[str], *, priced: bool) -> Callable[[tuple[Any, ...], int | None, str, bytes], bytes]:
+    """Return the renderer of the anonymous record: (`anonymous_key`, billable units, coarse instant, privacy JSON)."""
     struct = msgspec.defstruct(
         "Anonymous",
         [
             *[(name, Any) for name in names],
-            ("billable_units", int | None),
             ("price", Any),
+            ("billable_units", int | None),
             ("occurred_at" if "occurred_at" not in names else "coarse_at", str),
             ("privacy", msgspec.Raw),
             ("v", int, 1),
@@ -95,17 +103,18 @@ def _anonymous(names: tuple[str, ...], *, priced: bool) -> Callable[[Any, int | 
         frozen=True,
         gc=False,
     )
-    get = _getter(list(names))
 
-    def render(record: Any, units: int | None, coarse: str, privacy: bytes) -> bytes:
-        price = _price(record.price) if priced and record.price is not None else None
-        return _encode(struct(*get(record), units, price, coarse, msgspec.Raw(privacy)))
+    def render(key: tuple[Any, ...], units: int | None, coarse: str, privacy: bytes) -> bytes:
+        price = None
+        if priced:
+            *values, paid = key
+            if paid is not None:
+                price = {"amount": canonical_amount(paid.amount), "currency": paid.currency}
+        else:
+            values = list(key)
+        return _encode(struct(*values, price, units, coarse, msgspec.Raw(privacy)))
 
     return render
-
-
-def _price(price: Price) -> dict[str, str | None]:
-    return {"amount": canonical_amount(price.amount), "currency": price.currency}
 
 
 def billable_units(record: Communication, increment_s: int) -> int | None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from decimal import Decimal
 from enum import StrEnum
 from functools import lru_cache
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, get_type_hints
 
 import msgspec
 import phonenumbers
@@ -119,22 +119,25 @@ class Kind(StrEnum):
 PERSONAL_KINDS = frozenset({Kind.NUMBER, Kind.EMAIL, Kind.SIP, Kind.UNKNOWN})
 
 
-class Party(NamedTuple):
-    """A normalised sender or recipient; `value` is personal data unless the kind says otherwise."""
+class Party(msgspec.Struct, frozen=True, gc=False):
+    """A normalised sender or recipient; `value` is personal data unless the kind says otherwise.
+
+    `is_person`: a human may stand behind it; an account's own numbers are taken out by the policy.
+    """
 
     kind: Kind
     value: str
+    is_person: bool
 
     def __repr__(self) -> str:
         return f"Party({self.kind.value})"
 
-    @property
-    def is_person(self) -> bool:
-        """Whether a human may stand behind it; an account's own numbers are taken out by the policy."""
-        return self.kind in PERSONAL_KINDS
+
+def _party(kind: Kind, value: str) -> Party:
+    return Party(kind, value, kind in PERSONAL_KINDS)
 
 
-NOBODY = Party(Kind.NOBODY, "")
+NOBODY = _party(Kind.NOBODY, "")
 _WITHHELD = frozenset(
     {"anonymous", "unknown", "restricted", "private", "withheld", "unavailable", "<unknown>", "s", "h", "i", "t"}
 )
@@ -152,7 +155,7 @@ def normalise(raw: str, region: str | None = None) -> Party:
     the phone-number library once and then through a bounded cache.
     """
     if raw[:1] == "+" and 8 <= len(raw) <= 16 and raw.isascii() and raw[1:].isdigit() and raw[1] != "0":
-        return Party(Kind.NUMBER, raw)
+        return Party(Kind.NUMBER, raw, True)
     return _normalise_slowly(raw, region)
 
 
@@ -165,18 +168,18 @@ def _normalise_slowly(raw: str, region: str | None) -> Party:
     if lowered.startswith(("sip:", "sips:", "tel:")):
         user = lowered.split(":", 1)[1].split(";", 1)[0]
         inner = _number(user.split("@", 1)[0], region)
-        return inner or Party(Kind.SIP, user)
+        return inner or _party(Kind.SIP, user)
     if _EMAIL.fullmatch(text):
-        return Party(Kind.EMAIL, lowered)
+        return _party(Kind.EMAIL, lowered)
     number = _number(text, region)
     if number is not None:
         return number
     compact = _SEPARATORS.sub("", text)
     if compact.isdigit() and compact.isascii() and len(compact) <= 6:
-        return Party(Kind.SHORT_CODE, compact)
+        return _party(Kind.SHORT_CODE, compact)
     if _ALPHANUMERIC.fullmatch(text) and sum(map(str.isdigit, text)) < 7:
-        return Party(Kind.ALPHANUMERIC, text)
-    return Party(Kind.UNKNOWN, lowered)
+        return _party(Kind.ALPHANUMERIC, text)
+    return _party(Kind.UNKNOWN, lowered)
 
 
 def _number(text: str, region: str | None) -> Party | None:
@@ -190,7 +193,7 @@ def _number(text: str, region: str | None) -> Party | None:
             parsed = phonenumbers.parse(candidate, assumed)
         except phonenumbers.NumberParseException:
             continue
-        party = Party(Kind.NUMBER, phonenumbers.format_number(parsed, phonenumbers.PhoneNumberFormat.E164))
+        party = _party(Kind.NUMBER, phonenumbers.format_number(parsed, phonenumbers.PhoneNumberFormat.E164))
         if phonenumbers.is_valid_number(parsed):
             return party
         reason = phonenumbers.is_possible_number_with_reason(parsed)
@@ -221,7 +224,7 @@ def canonical_amount(amount: Decimal) -> str | None:
 
     Range: 0 to below 10^9 with at most 9 decimals (finer than any published carrier price).
     """
-    if not amount.is_finite() or amount.is_signed() and amount != 0 or amount >= 1_000_000_000:
+    if not amount.is_finite() or (amount.is_signed() and amount != 0) or amount >= 1_000_000_000:
         return None
     exponent = amount.normalize().as_tuple().exponent
     if not isinstance(exponent, int) or exponent < -9:

@@ -58,9 +58,7 @@ _COUNTRY = _Form(r"^[A-Z]{2}\Z", "an ISO 3166-1 alpha-2 code such as 'DE'")
 _E164 = _Form(r"^\+[1-9][0-9]{6,14}\Z", "an E.164 number: '+', country code, 7 to 15 digits in all")
 _CALLING = _Form(r"^[1-9][0-9]{0,3}\Z", "a country calling code without '+', such as '1'")
 _CLOCK = _Form(r"^([01][0-9]|2[0-3]):[0-5][0-9]\Z", "a local time in quotes such as '21:00'")
-_REFERENCE = _Form(
-    r"^[A-Za-z0-9][A-Za-z0-9 _./-]{0,79}\Z", "1 to 80 letters, digits, ' ', '_', '.', '/', '-'"
-)
+_REFERENCE = _Form(r"^[A-Za-z0-9][A-Za-z0-9 _./-]{0,79}\Z", "1 to 80 letters, digits, ' ', '_', '.', '/', '-'")
 _KEYWORD = _Form(r"^(?=.*\w)\S+( \S+){0,7}\Z", "a message of 1 to 8 words, 40 characters in all")
 _FORMS = (_KEYWORD, _NAME, _WORD, _PLACE, _COUNTRY, _E164, _CALLING, _CLOCK, _REFERENCE)
 
@@ -434,9 +432,7 @@ class Policy(_Table, frozen=True, kw_only=True, dict=True):
         """Return the processing rule of a data class. Raises PolicyInvalid if the policy has none."""
         rule = self._processing.get(data_class)
         if rule is None:
-            raise PolicyInvalid(
-                f"the policy has no processing rule for {data_class}; add one", policy=self.id
-            )
+            raise PolicyInvalid(f"the policy has no processing rule for {data_class}; add one", policy=self.id)
         return rule
 
     def retention_of(self, data_class: str) -> Retention | None:
@@ -582,9 +578,7 @@ def _check_zone(policy: Policy) -> None:
     try:
         ZoneInfo(policy.timezone)
     except (KeyError, ValueError, OSError):
-        raise _Refused(
-            ("timezone",), "'timezone' must be an IANA time zone such as 'Europe/Berlin'"
-        ) from None
+        raise _Refused(("timezone",), "'timezone' must be an IANA time zone such as 'Europe/Berlin'") from None
 
 
 def _check_once(rules: Sequence[Processing | Retention], table: str) -> None:
@@ -611,13 +605,9 @@ def _check_retention(policy: Policy) -> None:
         except ValueError as error:
             raise _Refused(("retention", index, "keep"), str(error)) from None
         if rule.data_class == "content":
-            raise _Refused(
-                ("retention", index, "data_class"), "content is kept as [content] and accounts say"
-            )
+            raise _Refused(("retention", index, "data_class"), "content is kept as [content] and accounts say")
     for data_class, afters in _KEYED.items():
-        found = [
-            (index, rule) for index, rule in enumerate(policy.retention) if rule.data_class == data_class
-        ]
+        found = [(index, rule) for index, rule in enumerate(policy.retention) if rule.data_class == data_class]
         if not found:
             raise _Refused(("retention",), f"no retention rule for {data_class}; add one")
         index, rule = found[0]
@@ -676,9 +666,7 @@ def _check_screening(policy: Policy) -> None:
     quiet = policy.screening.quiet_hours
     if quiet is not None:
         if quiet.start == quiet.end:
-            raise _Refused(
-                ("screening", "quiet_hours", "end"), "quiet hours must not start and end at one time"
-            )
+            raise _Refused(("screening", "quiet_hours", "end"), "quiet hours must not start and end at one time")
         _check_countries(("screening", "quiet_hours", "countries"), quiet.countries)
 
 
@@ -708,9 +696,7 @@ def _check_accounts(policy: Policy) -> None:
             if override.until is not None and override.from_ >= override.until:
                 raise _Refused((*path, "role", number, "until"), "'until' must be later than 'from'")
             if any(override.overlaps(earlier) for earlier in rule.role[:number]):
-                message = (
-                    f"two agreements on {override.data_class} for the same days; let one end before the other"
-                )
+                message = f"two agreements on {override.data_class} for the same days; let one end before the other"
                 raise _Refused((*path, "role", number, "from"), message)
 
 
@@ -888,9 +874,7 @@ def sentences(policy: Policy) -> Iterator[Sentence]:
     if policy.accounts.any:
         yield Sentence("Any account is served, listed or not", policy.accounts.clause)
     else:
-        yield Sentence(
-            "Only listed accounts are served; records of others are quarantined", policy.accounts.clause
-        )
+        yield Sentence("Only listed accounts are served; records of others are quarantined", policy.accounts.clause)
     for rule in policy.listed:
         yield from _account_in_words(rule)
 
@@ -908,9 +892,7 @@ def _roles_in_words(policy: Policy) -> Iterator[Sentence]:
 
 
 def _life_in_words(policy: Policy) -> Iterator[Sentence]:
-    yield Sentence(
-        f"{_WORDS['content']} {_kept(parse_content_keep(policy.content.keep))}", policy.content.clause
-    )
+    yield Sentence(f"{_WORDS['content']} {_kept(parse_content_keep(policy.content.keep))}", policy.content.clause)
     for rule in policy.retention:
         what = _WORDS[rule.data_class]
         if rule.period is None:
@@ -924,12 +906,8 @@ def _life_in_words(policy: Policy) -> Iterator[Sentence]:
     traffic = policy.retention_of("traffic")
     if traffic is not None:
         yield Sentence(f"Months and years are counted in {policy.timezone}", traffic.clause)
-    yield Sentence(
-        f"Anonymous records tell the time to the {policy.coarsening.time}", policy.coarsening.clause
-    )
-    yield Sentence(
-        f"Calls are billed in units of {policy.billing.voice_increment_s} s", policy.billing.clause
-    )
+    yield Sentence(f"Anonymous records tell the time to the {policy.coarsening.time}", policy.coarsening.clause)
+    yield Sentence(f"Calls are billed in units of {policy.billing.voice_increment_s} s", policy.billing.clause)
 
 
 def _screening_in_words(policy: Policy) -> Iterator[Sentence]:
@@ -950,41 +928,29 @@ def _screening_in_words(policy: Policy) -> Iterator[Sentence]:
         where = f"Marketing by {_listed(rule.channels)} to {rule.country} (+{rule.calling_code})"
         missing = "all of it is refused" if rule.required else "it is not screened by this list"
         yield Sentence(f"{where} is refused to numbers in registry {rule.name}", rule.clause)
-        yield Sentence(
-            f"{where} is refused while {rule.name} is older than {_days(rule.max_age_days)}", rule.clause
-        )
+        yield Sentence(f"{where} is refused while {rule.name} is older than {_days(rule.max_age_days)}", rule.clause)
         yield Sentence(f"{where}: while {rule.name} is not loaded, {missing}", rule.clause)
     quiet = screening.quiet_hours
     if quiet is not None:
         when = f"from {quiet.start} to {quiet.end} at the recipient's place"
         yield Sentence(f"No marketing {when} in {_listed(quiet.countries)}", quiet.clause)
     limits = tuple(f"{policy.not_after_s(purpose) // 60} min for {purpose}" for purpose in get_args(Purpose))
-    yield Sentence(
-        f"A cleared request may be sent within {_listed(limits)}", screening.not_after_minutes.clause
-    )
+    yield Sentence(f"A cleared request may be sent within {_listed(limits)}", screening.not_after_minutes.clause)
 
 
 def _account_in_words(rule: Account) -> Iterator[Sentence]:
     who = f"Account {rule.id}"
-    yield Sentence(
-        f"{who} is served, and acts as {rule.acts_as} towards its end users", rule.clause or "CAL-2"
-    )
+    yield Sentence(f"{who} is served, and acts as {rule.acts_as} towards its end users", rule.clause or "CAL-2")
     if rule.content is not None:
         yield Sentence(f"{who}: content {_kept(parse_content_keep(rule.content))}", rule.clause or "INF-2")
     if rule.countries is not None:
         yield Sentence(f"{who} sends to {_listed(rule.countries)} only", rule.clause or "CAL-11")
     if rule.own_numbers:
-        yield Sentence(
-            f"{who}: {len(rule.own_numbers)} numbers are its own, not a person's", rule.clause or "KAL-3"
-        )
+        yield Sentence(f"{who}: {len(rule.own_numbers)} numbers are its own, not a person's", rule.clause or "KAL-3")
     if rule.voice_increment_s is not None:
-        yield Sentence(
-            f"{who}: calls are billed in units of {rule.voice_increment_s} s", rule.clause or "INF-3"
-        )
+        yield Sentence(f"{who}: calls are billed in units of {rule.voice_increment_s} s", rule.clause or "INF-3")
     if rule.default_region is not None:
-        yield Sentence(
-            f"{who}: national numbers are read as of {rule.default_region}", rule.clause or "KAL-3"
-        )
+        yield Sentence(f"{who}: national numbers are read as of {rule.default_region}", rule.clause or "KAL-3")
     if rule.jurisdiction is not None:
         yield Sentence(f"{who} is in {rule.jurisdiction}", rule.clause or "INF-15")
     for override in rule.role:

@@ -36,7 +36,7 @@ MAX_SEALS_PER_KEY = 2**31
 
 NO_PERSON = "-"
 _SHA256 = SHA256()
-_PADDING = [b"\x80" + bytes(PAD_BYTES - 1 - used) for used in range(PAD_BYTES)]
+PADDING = [b"\x80" + bytes(PAD_BYTES - 1 - used) for used in range(PAD_BYTES)]
 
 
 class KeyId(NamedTuple):
@@ -96,7 +96,7 @@ def aad_head(stream: str, owner: str, account: str, group: str) -> bytes:
 
 def pad(plaintext: bytes) -> bytes:
     """Return the plaintext padded to the next multiple of 32 bytes (at least one byte is added)."""
-    return plaintext + _PADDING[len(plaintext) % PAD_BYTES]
+    return plaintext + PADDING[len(plaintext) % PAD_BYTES]
 
 
 def unpad(padded: bytes) -> bytes:
@@ -143,11 +143,6 @@ def split_envelope(fields: Mapping[str, Any]) -> tuple[bytes, bytes]:
     whole = orjson.dumps({**fields, "sealed": [], "v": VERSION}, option=orjson.OPT_SORT_KEYS)
     at = whole.index(b'"sealed":[') + len(b'"sealed":[')
     return whole[:at], whole[at:]
-
-
-def assemble(head: bytes, parts: list[tuple[bytes, bytes]], tail: bytes) -> bytes:
-    """Return the value: envelope head (up to `"sealed":[`), (clear part, box) pairs, envelope tail (from `]`)."""
-    return head + b",".join([b'{"box":"' + box + b'",' + clear[1:] for clear, box in parts]) + tail
 
 
 def take_apart(value: bytes) -> Sealed:

@@ -3,7 +3,8 @@
 import os
 import socket
 import time
-from types import TracebackType
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from processors.pipeline import Pipeline
 from processors.plan import Planner
@@ -14,43 +15,47 @@ from streams.keys.cache import KeyCache, KeyLease
 from streams.keys.reveal import Revealer
 from streams.keys.roles import principal
 from streams.keys.sqlite import SqliteKeyStore
+from streams.keys.store import KeyStore
+from streams.log.protocol import Log
 from streams.log.sqlite import SqliteLog
 from streams.state.registries import Registries
 
 
-class Deployment:
-    """Log and key store of one configuration, opened; a context manager that closes them. Opening blocks."""
+async def open_log(config: Config) -> Log:
+    """Return the log of a configuration, made if there is none. Raises LogUnusable."""
+    return SqliteLog.open(config.log_path, partitions=config.partitions)
 
-    def __init__(self, config: Config, *, create: bool = True) -> None:
-        """Open, or with `create` make, the log and the key store.
+
+class Deployment:
+    """Log, key store and pipeline of one configuration; `async with Deployment.open(config) as deployment:`."""
+
+    def __init__(self, config: Config, log: Log, store: KeyStore) -> None:
+        self.config = config
+        self.log = log
+        self.store = store
+        self.planner = Planner(config.policy)
+        token_key = store.token_key()
+        self.tokens = Tokens(token_key.version, token_key.key)
+        self.pipeline = Pipeline(self.planner, self.tokens)
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, config: Config, *, create: bool = True) -> AsyncIterator["Deployment"]:
+        """Open, or with `create` make, the log and the key store, and close both at the end.
 
         Raises InputInvalid if there is none and `create` is off, and LogUnusable or KeysUnusable.
         """
         if not create and not config.log_path.exists():
             raise InputInvalid("there is no log here yet; publish something first", log=str(config.log_path))
-        self.config = config
-        self.log = SqliteLog.open(config.log_path, partitions=config.partitions)
+        log = await open_log(config)
         try:
-            self.store = SqliteKeyStore.open(config.keys_path, config.kms_dir)
-        except BaseException:
-            self.log.close_now()
-            raise
-        self.planner = Planner(config.policy)
-        token_key = self.store.token_key()
-        self.pipeline = Pipeline(self.planner, Tokens(token_key.version, token_key.key))
-
-    def __enter__(self) -> "Deployment":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close both; idempotent."""
-        self.log.close_now()
-        self.store.close()
+            store = SqliteKeyStore.open(config.keys_path, config.kms_dir)
+            try:
+                yield cls(config, log, store)
+            finally:
+                store.close()
+        finally:
+            await log.close()
 
     def registries(self) -> Registries:
         """Return the loaded registries."""

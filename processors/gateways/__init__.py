@@ -82,6 +82,4 @@ def guess_format(filename: str, has_mapping: bool) -> str:
         return "asterisk-custom" if folder.endswith("cdr-custom") else "asterisk"
     if has_mapping:
         return "mapped"
-    raise InputInvalid(
-        f"cannot tell the format by the name; pass --format {'|'.join(FORMATS)}", file=filename
-    )
+    raise InputInvalid(f"cannot tell the format by the name; pass --format {'|'.join(FORMATS)}", file=filename)

@@ -94,9 +94,7 @@ class Asterisk(Format):
         if known.route is not None and not is_code(known.route):
             raise bad_key("route", 'must be "dcontext" or a code of at most 40 characters', file)
         if custom and known.columns is not None:
-            raise bad_key(
-                "columns", "only with --format asterisk; use a mapping file for another layout", file
-            )
+            raise bad_key("columns", "only with --format asterisk; use a mapping file for another layout", file)
         self._source = Source(known.account_id or "", region_of(known.default_region, "default_region", file))
         self._layouts = CUSTOM_LAYOUTS if custom else MASTER_LAYOUTS
         self._guess = not custom and known.columns is None

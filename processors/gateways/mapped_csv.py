@@ -8,7 +8,7 @@ could never give a valid record is refused at once, with its key.
 import re
 from collections.abc import Callable, Sequence
 from datetime import UTC, timedelta
-from decimal import Decimal
+from decimal import ROUND_CEILING, Decimal
 from hashlib import blake2b
 from typing import Annotated, Any, Literal
 
@@ -221,7 +221,7 @@ def _scaled(factor: Decimal) -> Callable[[str], int]:
             raise Poison("bad_number")
         if factor == 1 and "." not in text:
             return int(text)
-        return int(-(-(Decimal(text) * factor) // 1))
+        return int((Decimal(text) * factor).to_integral_value(ROUND_CEILING))
 
     return read
 
@@ -416,9 +416,7 @@ class MappedCsv(Format):
             "v": 1, "record_id": "-", "account_id": "a", "channel": channel, "direction": "mt",
             "occurred_at": "2026-01-01T00:00:00Z", "sender": "", "recipient": "",
         }  # fmt: skip
-        sample |= {"purpose": "service"} | (
-            {"action": "opt_out", "campaign_id": "-"} if struct is Preference else {}
-        )
+        sample |= {"purpose": "service"} | ({"action": "opt_out", "campaign_id": "-"} if struct is Preference else {})
         sample |= self._mapping.constants
         sample.pop("type", None)
         typed(struct, sample, "constants", self._file_name)
@@ -442,9 +440,7 @@ class MappedCsv(Format):
             for name in sorted(both & (fields | constants | set(self._generated))):
                 raise self._bad("numbers.parties", f"gives the {name} too; state it once")
         if known.time.date is not None and ("occurred_at" in fields or known.time.shift_days):
-            raise self._bad(
-                "time.date", "only for files without times; not with fields.occurred_at or shift_days"
-            )
+            raise self._bad("time.date", "only for files without times; not with fields.occurred_at or shift_days")
         given = fields | constants | set(self._generated) | (both if known.numbers.parties else set())
         given |= {"v"} | ({"occurred_at"} if known.time.date else set())
         for field in msgspec.structs.fields(struct):
@@ -460,9 +456,7 @@ class MappedCsv(Format):
     def _set_columns(self, columns: Sequence[str]) -> None:
         def at(name: str) -> int:
             if columns.count(name) != 1:
-                raise ValueError(
-                    f"the data file has {'two columns' if name in columns else 'no column'} {name!r}"
-                )
+                raise ValueError(f"the data file has {'two columns' if name in columns else 'no column'} {name!r}")
             return columns.index(name)
 
         self._steps, self._width = self._compiled(at), len(columns)
@@ -478,9 +472,7 @@ class MappedCsv(Format):
             except ValueError as error:
                 raise self._bad(key, str(error)) from None
 
-        for name, spec in sorted(
-            self._fields.items(), key=lambda item: item[0] not in ("channel", "direction")
-        ):
+        for name, spec in sorted(self._fields.items(), key=lambda item: item[0] not in ("channel", "direction")):
             add(name, spec.only, spec.reader, f"fields.{name}")
             if name in ("sender", "recipient"):
                 steps[-1] = name, spec.only, _address(steps[-1][2], address, self._generated.get(name))

@@ -1,8 +1,8 @@
 """Quiet hours at the recipient's location (REG-3), by the time zones that a number's first digits allow.
 
 Where a country's numbers, mobiles included, belong to areas, a number may be in any zone of its area;
-elsewhere in any zone of its country; where nothing is known, it is always quiet. Quiet is what the clock on the
-wall says: `start` ≤ local time < `end`, which may lie across midnight. Zone rules are Python's IANA data.
+elsewhere in any zone of its country; where nothing is known, it is always quiet. Quiet is what the clock on
+the wall says: `start` ≤ local time < `end`, which may lie across midnight. Zone rules are Python's IANA data.
 """
 
 from datetime import datetime, time, tzinfo
@@ -10,12 +10,19 @@ from functools import lru_cache
 from typing import Final
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from phonenumbers.tzdata import TIMEZONE_DATA, TIMEZONE_LONGEST_PREFIX
+from phonenumbers.tzdata import TIMEZONE_DATA
 
 from schemas.errors import PolicyInvalid
 
-AREA_COUNTRIES: Final = frozenset({"1", "52", "54", "55", "62", "86"})
+NORTH_AMERICA: Final = "1"
+AREA_COUNTRIES: Final = frozenset({NORTH_AMERICA, "52", "54", "55", "62", "86"})
 """Calling codes whose mobile numbers carry area codes; elsewhere a mobile number does not say where it is."""
+
+_AREA_ENDS: Final = {
+    code: sorted({len(p) + 1 for p in TIMEZONE_DATA if p.startswith(code) and p != code}, reverse=True)
+    for code in AREA_COUNTRIES
+}
+"""Calling code to the places at which an area's prefix may end in an E.164 number, the longest first."""
 
 DAY_S: Final = 86_400
 COMMON_END_S: Final = 2 * DAY_S
@@ -31,12 +38,19 @@ def zones_for(number: str) -> tuple[str, ...]:
             break
     else:
         return ()
-    if code in AREA_COUNTRIES:
-        for end in range(TIMEZONE_LONGEST_PREFIX + 1, code_end, -1):
-            area = TIMEZONE_DATA.get(number[1:end])
-            if area is not None:
-                return area
-    return zones
+    for end in _AREA_ENDS.get(code, ()):
+        area = TIMEZONE_DATA.get(number[1:end])
+        if area is not None:
+            return area
+    return (code == NORTH_AMERICA and _area_zones(number[1:5])) or zones
+
+
+@lru_cache(maxsize=1024)
+def _area_zones(area: str) -> tuple[str, ...]:
+    """Return the zones of an area code whose exchanges are listed one by one, for an exchange that is not."""
+    return tuple(
+        sorted({zone for prefix in TIMEZONE_DATA if prefix.startswith(area) for zone in TIMEZONE_DATA[prefix]})
+    )
 
 
 class QuietHours:

@@ -15,6 +15,8 @@ buffer is given, usually a memory-mapped file. An error names a file and a line 
 """
 
 import hashlib
+import sys
+from array import array
 from collections.abc import Iterable, Iterator
 from struct import Struct
 from typing import Annotated, Final, Literal, Protocol
@@ -73,7 +75,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     name: str
     country: str
-    calling_code: Annotated[str, msgspec.Meta(pattern=r"^[1-9][0-9]{0,2}$")]
+    calling_code: Annotated[str, msgspec.Meta(pattern=r"^[1-9][0-9]{0,3}$")]
     as_of: int
     loaded_at: int
     count: Annotated[int, msgspec.Meta(ge=1)]
@@ -107,8 +109,10 @@ class BitmapRegistry:
             self.header = msgspec.json.decode(view[_PREAMBLE.size : self._index], type=Header)
         except (msgspec.MsgspecError, UnicodeDecodeError):
             raise RegistryInvalid("bitmap header is damaged; load the registry again") from None
-        index = _PAGE_NUMBER.iter_unpack(view[self._index : first_page])
-        if [page for (page,) in index if page] != list(range(1, pages + 1)):
+        index = array("I", view[self._index : first_page].tobytes())
+        if sys.byteorder == "big":
+            index.byteswap()
+        if list(filter(None, index)) != list(range(1, pages + 1)):
             raise RegistryInvalid("bitmap index is damaged; load the registry again")
         if hashlib.sha256(view[self._index :]).hexdigest() != self.header.sha256:
             raise RegistryInvalid("bitmap is damaged: its checksum differs; load the registry again")
@@ -149,7 +153,7 @@ class BitmapBuilder:
     __slots__ = ("_pages",)
 
     def __init__(self) -> None:
-        self._pages: list[bytearray | None] = [None] * PREFIXES
+        self._pages: dict[int, bytearray] = {}
 
     def add(self, numbers: Iterable[int]) -> None:
         """Add numbers of ten national digits, in any order, repeats allowed. Raises ValueError for others."""
@@ -158,7 +162,7 @@ class BitmapBuilder:
             prefix, line = divmod(number, PAGE_NUMBERS)
             if not 0 <= prefix < PREFIXES:
                 raise ValueError("not a number of ten national digits")
-            page = pages[prefix]
+            page = pages.get(prefix)
             if page is None:
                 page = pages[prefix] = bytearray(PAGE_BYTES)
             page[line >> 3] |= 1 << (line & 7)
@@ -167,11 +171,12 @@ class BitmapBuilder:
         self, *, name: str, country: str, calling_code: str, as_of_s: int, loaded_at_s: int
     ) -> tuple[Header, list[bytes | bytearray]]:
         """Return the header and the file in chunks. Raises RegistryInvalid if there is no number at all."""
-        pages = [page for page in self._pages if page is not None]
-        if not pages:
+        if not self._pages:
             raise RegistryInvalid("the list holds no number; give the whole list")
-        numbers = iter(range(1, len(pages) + 1))
-        index = b"".join(_PAGE_NUMBER.pack(0 if page is None else next(numbers)) for page in self._pages)
+        index, pages = bytearray(_INDEX_BYTES), []
+        for number, (prefix, page) in enumerate(sorted(self._pages.items()), 1):
+            _PAGE_NUMBER.pack_into(index, prefix * _PAGE_NUMBER.size, number)
+            pages.append(page)
         digest = hashlib.sha256(index)
         for page in pages:
             digest.update(page)

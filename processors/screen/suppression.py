@@ -11,25 +11,32 @@ from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 MAX_AHEAD_S = 300
+_RECENT = 50_000
 
 
 class Tokens:
     """The keyed hash that turns a normalised number into a 16-byte token. A token is personal data."""
 
-    __slots__ = ("_hash", "version")
+    __slots__ = ("_hash", "_recent", "version")
 
     def __init__(self, version: int, key: bytes) -> None:
         self.version = version
         self._hash = hashlib.blake2b(key=key, digest_size=16)
+        self._recent: dict[str, bytes] = {}
 
     def __repr__(self) -> str:
         return f"Tokens({self.version})"
 
     def of(self, value: str) -> bytes:
         """Return the 16-byte token of a normalised number or address."""
-        keyed = self._hash.copy()
-        keyed.update(value.encode("utf-8", "surrogatepass"))
-        return keyed.digest()
+        token = self._recent.get(value)
+        if token is None:
+            keyed = self._hash.copy()
+            keyed.update(value.encode())
+            if len(self._recent) >= _RECENT:
+                self._recent.clear()
+            token = self._recent[value] = keyed.digest()
+        return token
 
 
 class Rule(NamedTuple):
@@ -143,6 +150,17 @@ class Suppressions:
     def merge(self, overlay: Overlay) -> None:
         """Take over what a committed batch changed; reading the same records back changes nothing more."""
         self._entries.update(overlay.changed)
+
+
+def scope_id(scope: str, account: str, sender: str, campaign: str | None, tokens: Tokens) -> str:
+    """Return a rule's full scope; a sender is named by its token, for it may be a number."""
+    if scope == "account":
+        return f"account:{account}"
+    if scope == "sender":
+        return f"sender:{account}:{tokens.of(sender).hex()}"
+    if scope == "campaign":
+        return f"campaign:{account}:{campaign}"
+    return "platform"
 
 
 def record_key(token_version: int, change: Change) -> bytes:

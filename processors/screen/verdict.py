@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
+import msgspec
 import phonenumbers
 
 from processors.screen.quiet_hours import QuietHours
@@ -32,20 +33,18 @@ class RegistryView(Protocol):
         """Return the list's own date in Unix seconds, or None if the registry is not loaded."""
 
 
-class Subject(NamedTuple):
-    """What a verdict is asked about."""
+class Subject(msgspec.Struct, frozen=True, gc=False):
+    """What a verdict is asked about. `token` None: no person; `scopes`: the suppression scopes that cover it."""
 
     account_id: str
     party: Party
-    is_person: bool
-    token: bytes
+    token: bytes | None
     channel: str
     purpose: str
-    sender_scope: str | None = None
-    campaign_scope: str | None = None
-    country: str | None = None
-    child: bool = False
-    requested_s: int | None = None
+    country: str | None
+    child: bool
+    requested_s: int | None
+    scopes: tuple[str, ...]
 
     def __repr__(self) -> str:
         return f"Subject({self.channel}, {self.purpose})"
@@ -59,7 +58,7 @@ class Asked(NamedTuple):
     outcome: str  # pass, refuse, lifted, not applicable
 
 
-class Verdict(NamedTuple):
+class Verdict(msgspec.Struct, frozen=True, gc=False):
     """Cleared (`reason` None) or refused. `not_after_s`: Unix s until which a cleared request may be sent."""
 
     reason: str | None
@@ -116,7 +115,7 @@ def verdict(
     if marketing and subject.child:
         return _refuse("child", "REG-5", trace)
     _note(trace, "child", "REG-5", "pass" if marketing else "not applicable")
-    if marketing and subject.is_person and subject.party.kind is Kind.UNKNOWN:
+    if marketing and subject.token is not None and subject.party.kind is Kind.UNKNOWN:
         return _refuse("recipient_not_normalised", "CAL-3", trace)
     found = suppressed(subject, view, policy)
     if found is not None:
@@ -147,9 +146,7 @@ def verdict(
     if quiet is not None and hours is not None and _in_countries(subject, hours.countries):
         is_quiet, starts_s = quiet.state(subject.party.value)
         if is_quiet:
-            return _refuse(
-                "quiet_hours", hours.clause, trace, defer_until_s=quiet.ends_s(subject.party.value)
-            )
+            return _refuse("quiet_hours", hours.clause, trace, defer_until_s=quiet.ends_s(subject.party.value))
         not_after_s = min(not_after_s, starts_s)
         _note(trace, "quiet_hours", hours.clause)
     return Verdict(None, not_after_s=not_after_s)
@@ -174,13 +171,12 @@ def _refuse(
 
 def suppressed(subject: Subject, view: View, policy: Policy) -> str | None:
     """Return the reason if an opt-out or officer block of this person forbids this purpose on this channel."""
-    entries = view.get(subject.token)
-    if entries is None or not subject.is_person:
+    entries = None if subject.token is None else view.get(subject.token)
+    if entries is None:
         return None
-    scopes = {"platform", f"account:{subject.account_id}", subject.sender_scope, subject.campaign_scope}
     reason = None
     for rule, state in entries.items():
-        if not state.out or rule.channel != subject.channel or rule.scope not in scopes:
+        if not state.out or rule.channel != subject.channel or rule.scope not in subject.scopes:
             continue
         if subject.purpose not in policy.blocked_by(rule.class_):
             continue
@@ -204,9 +200,7 @@ def _in_countries(subject: Subject, countries: tuple[str, ...] | list[str]) -> b
     """Return whether the destination is, or may be, in one of the countries."""
     if subject.country is not None:
         return subject.country in countries
-    return subject.party.kind is Kind.NUMBER and not regions_of(subject.party.value[1:4]).isdisjoint(
-        countries
-    )
+    return subject.party.kind is Kind.NUMBER and not regions_of(subject.party.value[1:4]).isdisjoint(countries)
 
 
 @lru_cache(maxsize=1024)

@@ -38,7 +38,7 @@ def check(args: argparse.Namespace) -> int:
 
 
 def _print(line: str) -> None:
-    print(line)  # noqa: T201 — the command's output
+    print(line)
 
 
 def _print_json(value: dict[str, object]) -> None:

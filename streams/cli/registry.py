@@ -148,9 +148,7 @@ def add(subparsers: Any) -> None:
     """Register the noun `registry` with an argparse subparsers object."""
     noun = subparsers.add_parser("registry", help="load Do-Not-Call lists, and see how old they are")
     verbs = noun.add_subparsers(dest="verb", required=True, metavar="load|status")
-    loading = verbs.add_parser(
-        "load", help="replace a registry by the numbers of these files, all or nothing"
-    )
+    loading = verbs.add_parser("load", help="replace a registry by the numbers of these files, all or nothing")
     loading.add_argument("name", metavar="NAME", help="as the policy lists it, such as us-dnc")
     loading.add_argument("files", metavar="FILE", nargs="+", type=Path, help="lines of areacode,number")
     loading.add_argument(

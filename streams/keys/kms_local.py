@@ -62,7 +62,7 @@ class LocalKms:
                 raise KeysUnusable("a root key of this store exists already; nothing was made", path=str(path))
             sync_folder(folder.parent)
         except OSError as error:
-            raise _os_error(error, path) from error
+            raise os_error(error, path) from error
         return cls(folder, store_id, root)
 
     @classmethod
@@ -78,7 +78,7 @@ class LocalKms:
                 path=str(path),
             ) from error
         except OSError as error:
-            raise _os_error(error, path) from error
+            raise os_error(error, path) from error
         root = content.removeprefix(_ROOT_HEADER)
         if root == content or len(root) != KEY_BYTES:
             raise KeysUnusable("root key damaged; restore it from its own backup", path=str(path))
@@ -96,7 +96,9 @@ class LocalKms:
         kek = self._kek(day)
         if kek is None:
             raise KeysUnusable(
-                "key-encryption key missing; restore it unless its day was destroyed", day=day, store=self._store_id
+                "key-encryption key missing; restore it unless its day was destroyed",
+                day=day,
+                store=self._store_id,
             )
         return self._opened(kek, day, wrapped)
 
@@ -105,7 +107,7 @@ class LocalKms:
         path = self._kek_path(day)
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            with open(descriptor, "wb") as file:
+            with os.fdopen(descriptor, "wb") as file:
                 file.write(secrets.token_bytes(os.fstat(descriptor).st_size))
                 file.flush()
                 os.fsync(descriptor)
@@ -114,14 +116,14 @@ class LocalKms:
         except FileNotFoundError:
             return
         except OSError as error:
-            raise _os_error(error, path) from error
+            raise os_error(error, path) from error
 
     def days(self) -> list[str]:
         """Return the days that have a KEK, in order; `NEVER` is last."""
         try:
             names = [path.name.split(".") for path in self._folder.glob(f"{self._store_id}.*.kek")]
         except OSError as error:
-            raise _os_error(error, self._folder) from error
+            raise os_error(error, self._folder) from error
         return sorted(parts[1] for parts in names if len(parts) == 3 and _DAY.fullmatch(parts[1]))
 
     def _kek_path(self, day: str) -> Path:
@@ -136,7 +138,7 @@ class LocalKms:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise _os_error(error, path) from error
+            raise os_error(error, path) from error
         if not content.startswith(_KEK_HEADER):
             raise KeysUnusable("key-encryption key damaged; restore it from its own backup", path=str(path))
         return AESGCM(self._opened(self._root, day, content[len(_KEK_HEADER) :]))
@@ -148,7 +150,7 @@ class LocalKms:
         try:
             made = _write_new(path, _KEK_HEADER + self._sealed(self._root, day, key))
         except OSError as error:
-            raise _os_error(error, path) from error
+            raise os_error(error, path) from error
         kek = AESGCM(key) if made else self._kek(day)
         if kek is None:
             raise KeysUnusable("key-encryption key destroyed while it was made", day=day, store=self._store_id)
@@ -203,7 +205,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def _read(path: Path) -> bytes:
-    with open(os.open(path, _READ), "rb") as file:
+    with os.fdopen(os.open(path, _READ), "rb") as file:
         info = os.fstat(file.fileno())
         if not stat.S_ISREG(info.st_mode):
             raise KeysUnusable("key material must be a regular file", path=str(path))
@@ -214,7 +216,7 @@ def _read(path: Path) -> bytes:
 def _write_new(path: Path, content: bytes) -> bool:
     """Make a file appear whole; False if another made it first. Either way it is durable on return."""
     draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    with open(os.open(draft, _CREATE, 0o600), "wb") as file:
+    with os.fdopen(os.open(draft, _CREATE, 0o600), "wb") as file:
         try:
             file.write(content)
             file.flush()
@@ -229,10 +231,13 @@ def _write_new(path: Path, content: bytes) -> bool:
     return made
 
 
-def _os_error(error: OSError, path: Path) -> StreamveilError:
+def os_error(error: OSError, path: Path) -> StreamveilError:
+    """Return what an operating-system error at key material means to an operator."""
     if error.errno in _NO_ROOM:
         return KeysFull(path=str(path))
     if error.errno == errno.ELOOP:
         return KeysUnusable("key material must not be a link; put the real file here", path=str(path))
     reason = os.strerror(error.errno) if error.errno else "input/output error"
-    return KeysUnusable(f"key material cannot be read or written: {reason}; check the disk and its owner", path=str(path))
+    return KeysUnusable(
+        f"key material cannot be read or written: {reason}; check the disk and its owner", path=str(path)
+    )

@@ -9,14 +9,14 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import StrEnum
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import orjson
 
-from processors.plan import Planner
 from processors.pipeline import render_verdict
-from processors.screen.suppression import Tokens
+from processors.plan import Planner
+from processors.retention import instant
+from processors.screen.suppression import Tokens, scope_id
 from processors.screen.verdict import GATEWAY_CODES, Subject, Verdict, suppressed
 from schemas.catalog import CATALOG, partition_for
 from schemas.errors import InputInvalid, RevealDenied
@@ -61,7 +61,12 @@ class Revealer:
     """Opens records for one principal. Not thread-safe; blocks on log and key store."""
 
     def __init__(
-        self, log: Log, store: KeyStore, planner: Planner, principal: Principal, clock: Callable[[], float] = time.time
+        self,
+        log: Log,
+        store: KeyStore,
+        planner: Planner,
+        principal: Principal,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._log = log
         self._store = store
@@ -108,7 +113,7 @@ class Revealer:
     def _forbidden(self, message: Stored, result: Revealed, now_s: int) -> Verdict | None:
         """Return the refusal of an opened request that must not be sent any more, if so."""
         envelope = orjson.loads(message.value)
-        if self._planner.calendar.instant(now_s) > envelope["not_after"]:
+        if instant(now_s) > envelope["not_after"]:
             return Verdict("too_late", "REG-3")
         fields = result.fields
         account_id = envelope["account_id"]
@@ -117,18 +122,12 @@ class Revealer:
             return Verdict("account_unknown", "CAL-2")
         region = account.default_region or fields.get("country")
         party = normalise(fields["recipient"], region)
-        sender = normalise(fields["sender"], region)
+        token = self._tokens.of(party.value) if party.is_person and party.value not in account.own else None
+        sender = normalise(fields["sender"], region).value
         campaign = fields.get("campaign_id")
-        subject = Subject(
-            account_id,
-            party,
-            party.is_person and party.value not in account.own,
-            self._tokens.of(party.value),
-            envelope["channel"],
-            envelope["purpose"],
-            f"sender:{account_id}:{self._tokens.of(sender.value).hex()}",
-            f"campaign:{account_id}:{campaign}" if campaign else None,
-        )
+        names = ("platform", "account", "sender", "campaign") if campaign else ("platform", "account", "sender")
+        scopes = tuple(scope_id(name, account_id, sender, campaign, self._tokens) for name in names)
+        subject = Subject(account_id, party, token, envelope["channel"], envelope["purpose"], None, False, None, scopes)
         found = suppressed(subject, self._tail.view, self._planner.policy)
         return None if found is None else Verdict(found, "KAL-5", GATEWAY_CODES)
 
@@ -161,7 +160,7 @@ class Revealer:
         parts = [part for sealed, may in zip(taken, allowed, strict=True) if sealed and may for part in sealed.parts]
         epochs = self._store.open_epochs(_key_ids(parts), now_s)
         persons = self._store.open_persons({part.sid for part in parts if _SID.fullmatch(part.sid)})
-        now_at = self._planner.calendar.instant(now_s)
+        now_at = instant(now_s)
         return [
             Revealed(State.CORRUPT, {})
             if sealed is None
@@ -191,7 +190,7 @@ class Revealer:
             sids = dict.fromkeys(part.sid for _, sealed, may in rows if sealed and may for part in sealed.parts)
             entry = {
                 "v": 1,
-                "at": self._planner.calendar.instant(now_s),
+                "at": instant(now_s),
                 "action": action,
                 "principal": self._principal.name,
                 "role": self._principal.role_for(stream),
@@ -238,12 +237,13 @@ def _open(
             return Revealed(State.CORRUPT, {})
         epoch = epochs.get(key_id, Gone.ABSENT)
         secret = _secret(part.sid, persons)
-        gone = epoch if isinstance(epoch, Gone) else secret if isinstance(secret, Gone) else None
-        if gone is not None:
-            if part.group == "other" and not isinstance(epoch, Gone):
+        if isinstance(epoch, Gone):
+            return Revealed(State(epoch.value), {})
+        if isinstance(secret, Gone):
+            if part.group == "other":
                 withheld = _others_fields(fields.get("direction"))
                 continue
-            return Revealed(State(gone.value), {})
+            return Revealed(State(secret.value), {})
         if secret is None or key_id.domain != _domain_of(stream):
             return Revealed(State.CORRUPT, {})
         cipher = record_key(epoch.key, secret, key_id, sealed.account)

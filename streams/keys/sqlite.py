@@ -15,13 +15,12 @@ import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from functools import lru_cache
-from itertools import batched
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 from urllib.parse import quote
 
 from cryptography.exceptions import InvalidTag
@@ -30,13 +29,14 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from processors.keyring import EpochKey, EpochRef, Needs, PersonRef, PersonSecret
 from schemas.errors import KeysBusy, KeysFull, KeysUnusable
 from schemas.sealed import MAX_SEALS_PER_KEY, NONCE_BYTES, SECRET_BYTES, KeyId, framed
-from streams.keys.kms_local import LocalKms, check_private, sync_folder
+from streams.keys.kms_local import LocalKms, check_private, os_error, sync_folder
 from streams.keys.store import NEVER, Fetched, Gone, KeyStatus, TokenKey
 
 SCHEMA_VERSION = 1
 SEAL_BLOCK = 2**20
 """Seals reserved at a time, so that a process writes here once in a million seals of an epoch."""
 
+_FOREVER = NEVER.ljust(10)  # every day in this file has ten characters
 _SID_BYTES = 16
 _WRAPPED_BYTES = NONCE_BYTES + SECRET_BYTES + 16
 _CHUNK = 500  # values in one IN list
@@ -63,8 +63,6 @@ _OVERWRITE_PERSON = f"token = randomblob(16), sid = randomblob({_SID_BYTES}), wr
 class SqliteKeyStore:
     """The keys of one deployment (`KeyStore`). One instance may be shared by threads; calls then take turns."""
 
-    store_id: str
-
     def __init__(
         self, db: sqlite3.Connection, path: Path, kms_folder: Path, clock: Callable[[], float], max_seals: int
     ) -> None:
@@ -75,15 +73,14 @@ class SqliteKeyStore:
         self._lock = threading.Lock()
         self._sequence = -1
         self._ciphers: dict[str, AESGCM] = {}  # destruction day → wrapping key
-        with self._place():
-            meta = self._meta()
-            self.store_id = str(meta["store_id"])
-            self.kms = LocalKms.open(kms_folder, self.store_id)
-            if not secrets.compare_digest(self.kms.check, bytes(meta["root_check"])):
-                raise KeysUnusable(
-                    "the root key is not the one of this key store; restore the right one from its backup",
-                    path=str(kms_folder),
-                )
+        meta = _read_meta(db, path)
+        self.store_id: str = meta["store_id"]
+        self.kms = LocalKms.open(kms_folder, self.store_id)
+        if not secrets.compare_digest(self.kms.check, meta["root_check"]):
+            raise KeysUnusable(
+                "the root key is not the one of this key store; restore the right one from its backup",
+                path=str(kms_folder),
+            )
 
     def __repr__(self) -> str:
         return f"SqliteKeyStore({self.store_id})"
@@ -110,8 +107,11 @@ class SqliteKeyStore:
                 check_private(path.lstat(), path, "600")
             except FileNotFoundError as error:
                 raise KeysUnusable("there is no key store here; check the path", path=str(path)) from error
+            except OSError as error:
+                raise os_error(error, path) from error
             db = _connect(path, busy_timeout_s)
             try:
+                db.execute("PRAGMA journal_mode = WAL")
                 return cls(db, path, kms_folder, clock, max_seals)
             except BaseException:
                 db.close()
@@ -132,22 +132,19 @@ class SqliteKeyStore:
             if row is None:
                 raise KeysUnusable("the key store has no token key; restore it from its backup", path=str(self._path))
             version, wrapped = row
-            return TokenKey(version, _opened(self._cipher(NEVER), wrapped, _token_aad(version)))
+            return TokenKey(version, _opened(self._cipher(_FOREVER), wrapped, _token_aad(version)))
 
     def fetch(self, needs: Needs, now_s: int) -> Fetched:
         """Get or create what is needed, as `KeyStore.fetch`; takes the write lock only to create or to reserve.
 
-        A person whose deadline is at or before `now_s` and who has no secret is left out. A secret whose day is
-        over is dead: its sid gets a tombstone and the person a new secret.
+        A person whose deadline is at or before `now_s` is left out. A secret whose day is over is dead: its sid gets a
+        tombstone and the person a new secret.
         """
         today = _day(now_s)
-        days = {ref: _day(deadline) for ref, deadline in needs.persons.items()}
-        persons: dict[PersonRef, PersonSecret] = {}
+        days = {ref: _day(deadline) for ref, deadline in needs.persons.items() if _alive(deadline, now_s)}
         with self._transaction("DEFERRED") as sequence:
-            for ref, sid, day, wrapped in self._rows(days):
-                if day >= max(days[ref], today):
-                    persons[ref] = self._person(ref, sid, day, wrapped)
-        missing = {ref: day for ref, day in days.items() if ref not in persons and _alive(needs.persons[ref], now_s)}
+            persons, _ = self._known_persons(days)
+        missing = {ref: day for ref, day in days.items() if ref not in persons}
         epochs: dict[EpochRef, EpochKey] = {}
         granted: dict[EpochRef, int] = {}
         if missing or needs.epochs:
@@ -157,37 +154,47 @@ class SqliteKeyStore:
                     self._reserve(epoch_ref, deadline_s, seals, now_s, epochs, granted)
         return Fetched(epochs, granted, persons, sequence)
 
-    def _rows(self, refs: Iterable[PersonRef]) -> Iterator[tuple[PersonRef, bytes, str, bytes]]:
-        """Yield reference, sid, destruction day and wrapped secret of those that have a row."""
-        groups: dict[tuple[str, str], list[bytes]] = {}
-        for owner, token, month in refs:
-            groups.setdefault((owner, month), []).append(token)
-        for (owner, month), tokens in groups.items():
-            for chunk in _chunks(tokens):
+    def _known_persons(
+        self, days: Mapping[PersonRef, str]
+    ) -> tuple[dict[PersonRef, PersonSecret], list[tuple[PersonRef, bytes, str, bytes]]]:
+        """Return the secrets kept to their day at least, and the rows of those that are not: ref, sid, day, wrapped."""
+        groups: dict[tuple[str, str], dict[bytes, tuple[PersonRef, str]]] = {}
+        for ref, wanted in days.items():
+            groups.setdefault((ref.owner, ref.month), {})[ref.token] = ref, wanted
+        persons: dict[PersonRef, PersonSecret] = {}
+        short: list[tuple[PersonRef, bytes, str, bytes]] = []
+        for (owner, month), refs in groups.items():
+            head = _person_aad_head(owner, month)
+            for chunk in _chunks(list(refs)):
                 query = (
                     "SELECT token, sid, day, wrapped FROM persons "
                     f"WHERE owner = ? AND month = ? AND token IN ({_marks(chunk)})"
                 )
                 for token, sid, day, wrapped in self._db.execute(query, (owner, month, *chunk)):
-                    yield PersonRef(owner, token, month), sid, day.rstrip(), wrapped
+                    ref, wanted = refs[token]
+                    if day >= wanted:
+                        cipher = self._ciphers.get(day) or self._cipher(day)
+                        persons[ref] = PersonSecret(sid.hex(), _opened(cipher, wrapped, head + sid + token))
+                    else:
+                        short.append((ref, sid, day, wrapped))
+        return persons, short
 
     def _person(self, ref: PersonRef, sid: bytes, day: str, wrapped: bytes) -> PersonSecret:
         return PersonSecret(sid.hex(), _opened(self._cipher(day), wrapped, _person_aad(ref, sid)))
 
     def _create_persons(self, missing: Mapping[PersonRef, str], today: str) -> dict[PersonRef, PersonSecret]:
         """Return a secret for each, kept to its day at least: the winner's, re-wrapped or new."""
-        persons: dict[PersonRef, PersonSecret] = {}
+        persons, short = self._known_persons(missing)
         rewrapped: list[tuple[str, bytes, bytes]] = []
         dead: list[bytes] = []
-        for ref, sid, day, wrapped in self._rows(missing):
+        for ref, sid, day, wrapped in short:
             if day < today:
                 dead.append(sid)
                 continue
-            persons[ref] = person = self._person(ref, sid, day, wrapped)
-            if day < missing[ref]:
-                later = missing[ref]
-                again = _sealed(self._cipher(later, make=True), person.secret, _person_aad(ref, sid))
-                rewrapped.append((_fixed(later), again, sid))
+            persons[ref] = self._person(ref, sid, day, wrapped)
+            later = self._cipher(missing[ref], make=True)
+            again = _sealed(later, persons[ref].secret, _person_aad(ref, sid))
+            rewrapped.append((missing[ref], again, sid))
         self._bury_persons(dead)
         self._db.executemany("UPDATE persons SET day = ?, wrapped = ? WHERE sid = ?", rewrapped)
         made: list[tuple[str, bytes, str, bytes, str, bytes]] = []
@@ -195,7 +202,7 @@ class SqliteKeyStore:
             if ref not in persons:
                 sid, secret = os.urandom(_SID_BYTES), os.urandom(SECRET_BYTES)
                 wrapped = _sealed(self._cipher(day, make=True), secret, _person_aad(ref, sid))
-                made.append((*ref, sid, _fixed(day), wrapped))
+                made.append((*ref, sid, day, wrapped))
                 persons[ref] = PersonSecret(sid.hex(), secret)
         self._db.executemany("INSERT INTO persons VALUES (?, ?, ?, ?, ?, ?)", made)
         return persons
@@ -221,7 +228,8 @@ class SqliteKeyStore:
         ).fetchone()
         version, used = 0, self._max_seals
         if row is not None:
-            version, deadline_s, day, wrapped, used = *row[:4], int(row[4])
+            version, deadline_s, day, wrapped = row[:4]
+            used = int(row[4])
             if not _alive(deadline_s, now_s):
                 return
         if row is not None and used + seals <= self._max_seals:
@@ -293,8 +301,8 @@ class SqliteKeyStore:
         with self._transaction("DEFERRED"):
             for chunk in _chunks([sid for text in found if (sid := _sid(text))]):
                 query = f"SELECT owner, token, month, sid, day, wrapped FROM persons WHERE sid IN ({_marks(chunk)})"
-                for owner, token, month, sid, padded_day, wrapped in self._db.execute(query, chunk):
-                    day, ref = padded_day.rstrip(), PersonRef(owner, token, month)
+                for owner, token, month, sid, day, wrapped in self._db.execute(query, chunk):
+                    ref = PersonRef(owner, token, month)
                     found[sid.hex()] = self._person(ref, sid, day, wrapped) if day >= today else Gone.DESTROYED
                 query = f"SELECT sid FROM sid_tombstones WHERE sid IN ({_marks(chunk)})"
                 for (sid,) in self._db.execute(query, chunk):
@@ -306,24 +314,23 @@ class SqliteKeyStore:
     def destroy_epoch(self, ref: EpochRef) -> int:
         """Destroy all versions of an epoch key, leave a tombstone, and return the new destruction sequence.
 
-        On return no file of the store holds them, wrapped or not. May raise KeysBusy when they are destroyed but still in
-        the write-ahead file; calling again finishes it.
+        On return no file of the store holds them, wrapped or not. May raise KeysBusy when they are destroyed but
+        still in the write-ahead file; calling again finishes it.
         """
         with self._transaction("IMMEDIATE") as sequence:
             self._db.execute(
                 "UPDATE epoch_keys SET wrapped = randomblob(?) WHERE domain = ? AND owner = ? AND epoch = ?",
                 (_WRAPPED_BYTES, *ref),
             )
-            self._db.execute(
-                "INSERT OR IGNORE INTO epoch_tombstones VALUES (?, ?, ?, ?)", (*ref, int(self._clock()))
-            )
+            self._db.execute("INSERT OR IGNORE INTO epoch_tombstones VALUES (?, ?, ?, ?)", (*ref, int(self._clock())))
             self._bump(sequence)
         self._truncate()
         return sequence + 1
 
     def destroy_person(self, owner: str, token: bytes) -> int:
-        """Destroy an owner's secrets of a person and the mapping to their sids, tombstone the sids, and return the
-        new destruction sequence. Durability and KeysBusy as `destroy_epoch`.
+        """Destroy an owner's secrets of a person and what maps to their sids, and return the new sequence.
+
+        The sids get tombstones. Durability and KeysBusy as `destroy_epoch`.
         """
         with self._transaction("IMMEDIATE") as sequence:
             rows = self._db.execute("SELECT sid FROM persons WHERE owner = ? AND token = ?", (owner, token))
@@ -354,17 +361,17 @@ class SqliteKeyStore:
     def status(self, now_s: int) -> list[KeyStatus]:
         """Return the epoch keys, tombstones included, by domain, owner and epoch."""
         with self._transaction("DEFERRED"):
-            living = self._db.execute(
-                "SELECT domain, owner, epoch, count(*), max(deadline_s) FROM epoch_keys GROUP BY domain, owner, epoch"
-            ).fetchall()
-            dead = set(self._db.execute("SELECT domain, owner, epoch FROM epoch_tombstones"))
-        lines = {
-            ref: KeyStatus(*ref, versions, deadline_s, "alive" if _alive(deadline_s, now_s) else "due")
-            for *names, versions, deadline_s in living
-            if (ref := EpochRef(*names)) not in dead
-        }
-        ends = {tuple(names): deadline_s for *names, _, deadline_s in living}
-        return sorted([*lines.values(), *(KeyStatus(*ref, 0, ends.get(ref), "destroyed") for ref in dead)])
+            query = "SELECT domain, owner, epoch, count(*), max(deadline_s) FROM epoch_keys GROUP BY 1, 2, 3"
+            rows = {EpochRef(*row[:3]): (row[3], row[4]) for row in self._db.execute(query)}
+            dead = {EpochRef(*row) for row in self._db.execute("SELECT domain, owner, epoch FROM epoch_tombstones")}
+        lines = []
+        for ref in sorted(rows.keys() | dead):
+            versions, deadline_s = rows.get(ref, (0, None))
+            if ref in dead:
+                lines.append(KeyStatus(*ref, 0, deadline_s, "destroyed"))
+            else:
+                lines.append(KeyStatus(*ref, versions, deadline_s, "alive" if _alive(deadline_s, now_s) else "due"))
+        return lines
 
     # --- below all of them -----------------------------------------------------------------------------------
 
@@ -374,12 +381,12 @@ class SqliteKeyStore:
         if cipher is None:
             row = self._db.execute("SELECT wrapped FROM wrapping_keys WHERE day = ?", (day,)).fetchone()
             if row is not None:
-                key = self.kms.unwrap(day, row[0])
+                key = self.kms.unwrap(day.rstrip(), row[0])
             elif make:
                 key = secrets.token_bytes(SECRET_BYTES)
-                self._db.execute("INSERT INTO wrapping_keys VALUES (?, ?)", (day, self.kms.wrap(day, key)))
+                self._db.execute("INSERT INTO wrapping_keys VALUES (?, ?)", (day, self.kms.wrap(day.rstrip(), key)))
             else:
-                raise KeysUnusable("wrapping key missing; restore the key store from its backup", day=day)
+                raise KeysUnusable("wrapping key missing; restore the key store from its backup", day=day.rstrip())
             if len(self._ciphers) >= _MAX_CIPHERS:
                 self._ciphers.clear()
             cipher = self._ciphers[day] = AESGCM(key)
@@ -403,18 +410,159 @@ class SqliteKeyStore:
                     self._db.execute("ROLLBACK")
                 raise
 
-    def _meta(self) -> dict[str, str | bytes | int]:
-        try:
-            meta = dict(self._db.execute("SELECT name, value FROM meta"))
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode != sqlite3.SQLITE_ERROR:
-                raise
-            meta = {}
-        schema = meta.get("schema")
-        if not isinstance(schema, int):
-            raise KeysUnusable("this file is not a key store; check the path", path=str(self._path))
-        if schema > SCHEMA_VERSION:
-            raise KeysUnusable(
-                "the key store was made by a newer version; install that one", path=str(self._path), schema=schema
+
+def _create(path: Path, kms_folder: Path) -> None:
+    """Make a whole key store appear at a path, with its root key and token key; or find that another process did."""
+    store_id = secrets.token_hex(16)
+    draft = path.with_name(f".{path.name}.{store_id}")
+    if os.path.lexists(f"{path}-wal") and not os.path.lexists(path):
+        raise KeysUnusable("key store missing beside its write-ahead file; restore it from its backup", path=str(path))
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        kms = LocalKms.create(kms_folder, store_id)  # first: without a store it is harmless, the other way round is not
+        os.close(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600))
+        with closing(_connect(draft, 0)) as db:
+            day_key, token_key = secrets.token_bytes(SECRET_BYTES), secrets.token_bytes(SECRET_BYTES)
+            db.executescript(f"BEGIN; {_SCHEMA}")
+            db.executemany(
+                "INSERT INTO meta VALUES (?, ?)",
+                [
+                    ("schema", SCHEMA_VERSION),
+                    ("store_id", store_id),
+                    ("root_check", kms.check),
+                    ("destruction_seq", 0),
+                ],
             )
-        return meta
+            db.execute("INSERT INTO wrapping_keys VALUES (?, ?)", (_FOREVER, kms.wrap(NEVER, day_key)))
+            wrapped = _sealed(AESGCM(day_key), token_key, _token_aad(1))
+            db.execute("INSERT INTO token_keys VALUES (1, ?)", (wrapped,))
+            db.execute("COMMIT")
+            db.execute("PRAGMA journal_mode = WAL")
+        with suppress(FileExistsError):
+            os.link(draft, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise os_error(error, path) from error
+    finally:
+        for leftover in (draft, *(draft.with_name(draft.name + end) for end in ("-journal", "-wal", "-shm"))):
+            leftover.unlink(missing_ok=True)
+
+
+def _connect(path: Path, busy_timeout_s: float) -> sqlite3.Connection:
+    uri = f"file:{quote(str(path.absolute()))}?mode=rw"
+    db = sqlite3.connect(uri, uri=True, timeout=busy_timeout_s, isolation_level=None, check_same_thread=False)
+    try:
+        for pragma in ("synchronous = FULL", "secure_delete = ON", "temp_store = MEMORY", "cache_size = -32768"):
+            db.execute(f"PRAGMA {pragma}")
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def _read_meta(db: sqlite3.Connection, path: Path) -> dict[str, Any]:
+    """Return the meta table. Raises KeysUnusable if the file is no key store that this version understands."""
+    try:
+        meta = dict(db.execute("SELECT name, value FROM meta"))
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode != sqlite3.SQLITE_ERROR:  # anything but: no such table
+            raise
+        meta = {}
+    if "schema" not in meta:
+        raise KeysUnusable("this file is not a key store; check the path", path=str(path))
+    if meta["schema"] != SCHEMA_VERSION:
+        raise KeysUnusable(
+            "the key store was made by another version of the program; use that one",
+            path=str(path),
+            schema=meta["schema"],
+        )
+    return meta
+
+
+_PROBLEMS = {
+    sqlite3.SQLITE_CORRUPT: "the key store is corrupt; restore it from its backup",
+    sqlite3.SQLITE_NOTADB: "the key store is corrupt, or no key store; restore it from its backup",
+    sqlite3.SQLITE_READONLY: "the key store cannot be written; check the owner and mode of file and folder",
+    sqlite3.SQLITE_CANTOPEN: "the key store cannot be opened; check the owner and mode of file and folder",
+    sqlite3.SQLITE_PERM: "the key store cannot be opened; check the owner and mode of file and folder",
+    sqlite3.SQLITE_IOERR: "the disk of the key store fails; check the disk",
+}
+
+
+@contextmanager
+def _translated(path: Path) -> Iterator[None]:
+    """Turn SQLite's errors into ours; what is none of them is a bug and stays as it is."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        code = getattr(error, "sqlite_errorcode", 0)  # errors of the Python module itself have none
+        primary = code & 0xFF
+        if primary in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            raise KeysBusy(path=str(path)) from error
+        if primary == sqlite3.SQLITE_FULL or code == sqlite3.SQLITE_IOERR_SHMSIZE:
+            raise KeysFull(path=str(path)) from error
+        if primary in _PROBLEMS:
+            raise KeysUnusable(_PROBLEMS[primary], path=str(path)) from error
+        raise
+
+
+def _alive(deadline_s: int | None, now_s: int) -> bool:
+    return deadline_s is None or deadline_s > now_s
+
+
+@lru_cache(maxsize=4096)
+def _day(deadline_s: int | None) -> str:
+    """Return the destruction day of a deadline, its UTC date. Days compare as text; `_FOREVER` is after them all."""
+    return _FOREVER if deadline_s is None else datetime.fromtimestamp(deadline_s, UTC).date().isoformat()
+
+
+def _count(seals: int) -> str:
+    return f"{seals:010d}"
+
+
+def _sid(text: str) -> bytes | None:
+    """Return the bytes of a sid, or None if the text is none (a salt, for instance)."""
+    try:
+        sid = bytes.fromhex(text)
+    except ValueError:
+        return None
+    return sid if sid.hex() == text and len(sid) == _SID_BYTES else None
+
+
+def _chunks(values: list[bytes]) -> Iterator[list[bytes]]:
+    return (values[start : start + _CHUNK] for start in range(0, len(values), _CHUNK))
+
+
+def _marks(values: Sequence[bytes]) -> str:
+    return ",".join("?" * len(values))
+
+
+def _token_aad(version: int) -> bytes:
+    return framed(b"token", b"%d" % version)
+
+
+def _epoch_aad(key_id: KeyId, deadline_s: int | None) -> bytes:
+    deadline = b"" if deadline_s is None else b"%d" % deadline_s
+    return framed(b"epoch", *(str(part).encode() for part in key_id), deadline)
+
+
+def _person_aad(ref: PersonRef, sid: bytes) -> bytes:
+    owner, token, month = ref
+    return _person_aad_head(owner, month) + sid + token  # sids have one length
+
+
+@lru_cache(maxsize=4096)
+def _person_aad_head(owner: str, month: str) -> bytes:
+    return framed(b"person", owner.encode(), month.encode())
+
+
+def _sealed(cipher: AESGCM, key: bytes, aad: bytes) -> bytes:
+    nonce = os.urandom(NONCE_BYTES)
+    return nonce + cipher.encrypt(nonce, key, aad)
+
+
+def _opened(cipher: AESGCM, wrapped: bytes, aad: bytes) -> bytes:
+    try:
+        return cipher.decrypt(wrapped[:NONCE_BYTES], wrapped[NONCE_BYTES:], aad)
+    except (InvalidTag, ValueError) as error:
+        raise KeysUnusable("a row of the key store was altered or damaged; restore it from its backup") from error

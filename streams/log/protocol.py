@@ -26,14 +26,6 @@ class Stored(NamedTuple):
         return f"Stored({self.stream}/{self.partition}@{self.offset})"
 
 
-class Output(NamedTuple):
-    """Messages for one partition of one stream, in order."""
-
-    stream: str
-    partition: int
-    messages: Sequence[Message]
-
-
 class Batch(NamedTuple):
     """Consecutive messages of ONE input partition, and the lease under which they may be committed."""
 

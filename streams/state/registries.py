@@ -18,7 +18,7 @@ from schemas.errors import InputInvalid, RegistryInvalid
 
 SUFFIX: Final = ".bitmap"
 REFRESH_S: Final = 1.0
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _READ_BYTES = 1 << 20
 
 _Version = tuple[int, int, int]  # inode, modification time in ns, size
@@ -119,7 +119,7 @@ def load(
     (with file and line, or because the disk refuses), and InputInvalid if a file cannot be read.
     """
     if not _NAME.fullmatch(name):
-        raise InputInvalid("a registry's name has 1 to 64 letters, digits, - and _")
+        raise InputInvalid("a registry's name has 1 to 64 letters, digits, `_`, `.`, `-`")
     builder = BitmapBuilder()
     for file in files:
         builder.add(parse_us(_lines(file, progress), str(file)))

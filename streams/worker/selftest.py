@@ -10,7 +10,9 @@ import orjson
 from processors.keyring import EpochKey, KeyRing, Needs, PersonSecret
 from processors.pipeline import Inbox, Pipeline
 from processors.plan import Planner
+from processors.retention import instant
 from processors.screen.suppression import Suppressions, Tokens
+from processors.screen.verdict import RegistryView
 from processors.seal import ENTROPY_BYTES, Entropy
 from schemas.errors import Fatal
 from schemas.policy import Policy
@@ -26,20 +28,12 @@ _CANARIES = {
 }
 
 
-class _NoRegistries:
-    def lists(self, name: str, number: str) -> bool:
-        raise KeyError(name, len(number))
-
-    def as_of(self, name: str) -> int | None:  # noqa: ARG002 — the protocol's signature
-        return None
-
-
-def selftest(policy: Policy, now_s: int) -> None:
+def selftest(policy: Policy, registries: RegistryView, now_s: int) -> None:
     """Run a request, a CDR and an unreadable record through the pipeline. Raises Fatal if anything leaves clear."""
-    account = policy.any_account()
+    account = "selftest" if policy.accounts.any else policy.listed[0].id
     base = {
         "v": 1, "channel": "sms", "record_id": "selftest", "account_id": account, "direction": "mt",
-        "occurred_at": Planner(policy).calendar.instant(now_s), **_CANARIES,
+        "occurred_at": instant(now_s), **_CANARIES,
     }  # fmt: skip
     values = [
         orjson.dumps({**base, "type": "request", "purpose": "transactional"}),
@@ -47,7 +41,7 @@ def selftest(policy: Policy, now_s: int) -> None:
         orjson.dumps(base),
     ]
     pipeline = Pipeline(Planner(policy), Tokens(1, os.urandom(32)))
-    prepared = pipeline.prepare(Inbox("traffic", 0, 0, values), Suppressions(), _NoRegistries(), now_s)
+    prepared = pipeline.prepare(Inbox("traffic", 0, 0, values), Suppressions(), registries, now_s)
     outputs = pipeline.complete(prepared, throwaway_ring(prepared.needs), Entropy(os.urandom(ENTROPY_BYTES)), 1)
     leaving = b"".join(message.value + (message.key or b"") for output in outputs for message in output.messages)
     leaked = [name for name, text in _CANARIES.items() if text.lstrip("+").encode() in leaving]

@@ -1,0 +1,104 @@
+"""`streamveil tail`: a stream's records, sealed parts as they are unless they are revealed."""
+
+import argparse
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from typing import Any
+
+import orjson
+
+from schemas.catalog import CATALOG, INPUTS
+from schemas.errors import InputInvalid
+from streams.config import load
+from streams.deployment import Deployment
+from streams.keys.reveal import Revealed
+from streams.log.protocol import Log, Stored
+
+PAGE = 500
+FOLLOW_S = 0.5
+
+
+def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Register `tail`."""
+    tail = subparsers.add_parser("tail", help="show the records of a stream")
+    tail.add_argument("stream", metavar="STREAM", choices=[name for name in CATALOG if name not in INPUTS],
+                      help="one of: " + ", ".join(name for name in CATALOG if name not in INPUTS))  # fmt: skip
+    tail.add_argument("--from-beginning", action="store_true", help="from the first record (default: the last 10)")
+    tail.add_argument("--max", type=int, metavar="N", help="at most N records")
+    tail.add_argument("--follow", action="store_true", help="go on with what comes")
+    tail.add_argument("--reveal", action="store_true", help="open what this user may open; logged to audit")
+    tail.add_argument("--reason", metavar="REASON", help="why: a code or case reference, needed with --reveal")
+    tail.add_argument("--json", action="store_true", help="one JSON object a line")
+    tail.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.reveal and not args.reason:
+        raise InputInvalid("--reveal needs --reason: a code or case reference of at most 40 letters, digits, - _ /")
+    asyncio.run(_show(args))
+    return 0
+
+
+async def _show(args: argparse.Namespace) -> None:
+    async with Deployment.open(load(args), create=False) as deployment:
+        await _write(args, deployment)
+
+
+async def _write(args: argparse.Namespace, deployment: Deployment) -> None:
+    revealer = deployment.revealer() if args.reveal else None
+    async for page in _pages(deployment.log, args):
+        revealed: list[Revealed] | list[None] = [None] * len(page)
+        if revealer is not None:
+            revealed = await revealer.reveal(page, args.reason)
+        for stored, opened in zip(page, revealed, strict=True):
+            line = _shown(stored, opened)
+            if args.json:
+                sys.stdout.buffer.write(orjson.dumps(line) + b"\n")
+            else:
+                sys.stdout.buffer.write(orjson.dumps(line, option=orjson.OPT_INDENT_2) + b"\n")
+        sys.stdout.buffer.flush()
+
+
+async def _pages(log: Log, args: argparse.Namespace) -> AsyncIterator[list[Stored]]:
+    """Yield the records asked for: up to the end seen at start, or with `--follow` for ever."""
+    ends = await log.end_offsets(args.stream)
+    begins = await log.begin_offsets(args.stream)
+    left = args.max if args.max is not None else sys.maxsize
+    at = list(begins)
+    if not args.from_beginning:
+        wanted = args.max if args.max is not None else 10
+        at = [max(begin, end - wanted) for begin, end in zip(begins, ends, strict=True)]
+        if not args.follow:
+            left = min(left, wanted)
+    while left > 0:
+        for partition, end in enumerate(ends):
+            while at[partition] < end and left > 0:
+                page = await log.read(args.stream, partition, at[partition], min(PAGE, left, end - at[partition]))
+                if not page:
+                    break
+                at[partition] = page[-1].offset + 1
+                left -= len(page)
+                yield page
+        if not args.follow:
+            return
+        await asyncio.sleep(FOLLOW_S)
+        ends = await log.end_offsets(args.stream)
+
+
+def _shown(stored: Stored, opened: Revealed | None) -> dict[str, Any]:
+    line: dict[str, Any] = {
+        "stream": stored.stream,
+        "partition": stored.partition,
+        "offset": stored.offset,
+        "timestamp": datetime.fromtimestamp(stored.timestamp_ms // 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "key": None if stored.key is None else stored.key.decode(),
+        "headers": {name: value.decode() for name, value in stored.headers},
+        "value": orjson.loads(stored.value),
+    }
+    if opened is not None:
+        line["reveal"] = {"state": opened.state.value, "fields": opened.fields, "withheld": list(opened.withheld)}
+        if opened.reason is not None:
+            line["reveal"]["reason"] = opened.reason
+    return line
