@@ -6,6 +6,7 @@ The reasons are the vocabulary of `REASONS`; none carries anything of the record
 import re
 from datetime import UTC, datetime
 from functools import lru_cache
+
 import msgspec
 import orjson
 

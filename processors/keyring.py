@@ -24,7 +24,7 @@ class EpochRef(NamedTuple):
 
 
 class PersonRef(msgspec.Struct, frozen=True, gc=False):
-    """Which person secret: owner, 16-byte token of the person, UTC month of the communication (`2026-11`)."""
+    """Which person secret: owner, 16-byte token of the person, month of the communication (`2026-11`)."""
 
     owner: str
     token: bytes

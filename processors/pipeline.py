@@ -16,7 +16,7 @@ import msgspec
 import orjson
 
 from processors.decode import decode, parties, timestamp
-from processors.keyring import PLATFORM, KeyRing, Needs, PersonRef
+from processors.keyring import KeyRing, Needs, PersonRef
 from processors.plan import Plan, Planner, Template
 from processors.retention import instant
 from processors.screen.keywords import Keywords, Match
@@ -300,7 +300,7 @@ class _Preparation:
     def _person(self, template: Template, token: bytes, plan: Plan) -> PersonRef:
         owner = template.owner
         ref = PersonRef(owner, token, plan.month)
-        self.persons[ref] = plan.pii_deadline_s if owner == PLATFORM else plan.account_deadline_s
+        self.persons[ref] = plan.person_deadlines_s.get(owner, plan.account_deadline_s)
         return ref
 
 
@@ -430,7 +430,7 @@ class _Completion:
             record, decided = item.record, item.verdict
             account_id, channel, purpose = record.account_id, record.channel, record.purpose
             template = planner.output("verdicts", account_id, now_s)
-            value = render_verdict(planner, template, record.record_id, channel, purpose, decided, now_s)
+            value = render_verdict(template, record.record_id, channel, purpose, decided, now_s)
             verdicts.append(Message(now_ms, None, template.headers, value))
             if decided.reason is not None:
                 continue
@@ -505,7 +505,6 @@ def seal_change(pipeline: Pipeline, sealer_of: Callable[[Template], Sealer], cha
 
 
 def render_verdict(
-    planner: Planner,
     template: Template,
     record_id: str,
     channel: str,

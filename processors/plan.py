@@ -49,7 +49,7 @@ class Plan:
 
     __slots__ = (
         "account", "account_deadline_s", "anonymous", "content", "content_envelope", "content_expires_s",
-        "increment_s", "moment", "month", "own", "pii", "pii_deadline_s", "pii_envelope", "review",
+        "increment_s", "moment", "month", "own", "person_deadlines_s", "pii", "pii_envelope", "review",
         "review_envelope", "review_expires_s",
     )  # fmt: skip
 
@@ -66,8 +66,8 @@ class Plan:
     review: Template
     review_envelope: tuple[bytes, bytes]
     anonymous: Template
-    pii_deadline_s: int
     account_deadline_s: int
+    person_deadlines_s: dict[str, int]  # by owner: until when a person's secret of the month is needed
     increment_s: int
 
 
@@ -133,9 +133,13 @@ class Planner:
         traffic = tags(self.policy, account_id, "traffic", _day(ts))
         content = tags(self.policy, account_id, "content", _day(ts))
         anonymous = tags(self.policy, account_id, "anonymous", _day(ts))
-        plan.pii_deadline_s = self.calendar.person_deadline_s(True, ts, None)
-        plan.account_deadline_s = self.calendar.person_deadline_s(False, ts, keep_days)
-        pii_ref = EpochRef(Domain.PII, _owner(traffic, account_id), moment.month_epoch)
+        plan.account_deadline_s = self.calendar.account_secret_deadline_s(ts, keep_days)
+        pii_owner = _owner(traffic, account_id)
+        plan.person_deadlines_s = {_owner(content, account_id): plan.account_deadline_s}
+        plan.person_deadlines_s[pii_owner] = max(
+            moment.pii_expires_s, plan.person_deadlines_s.get(pii_owner, moment.pii_expires_s)
+        )
+        pii_ref = EpochRef(Domain.PII, pii_owner, moment.month_epoch)
         plan.pii = self._template("cdr.pii", account_id, pii_ref, moment.pii_expires_s, traffic)
         plan.pii_envelope = plan.pii.envelope(account_id=account_id, month=moment.month_epoch)
         owner = _owner(content, account_id)

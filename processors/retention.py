@@ -6,6 +6,7 @@ the policy's time zone. Nothing raises for an instant outside the years 1 to 999
 """
 
 from datetime import UTC, date, datetime, time, timedelta, tzinfo
+from functools import lru_cache
 from typing import NamedTuple
 
 from schemas.policy import UNTIL_LIFTED, Period, Policy, Retention, parse_keep
@@ -67,6 +68,7 @@ def content_expires_s(ts: int, keep_days: int) -> int:
     return (ts // DAY_S + keep_days + 1) * DAY_S
 
 
+@lru_cache(maxsize=4096)
 def instant(ts: int) -> str:
     """Return Unix second `ts` as RFC 3339 in UTC, `YYYY-MM-DDTHH:MM:SSZ`."""
     return _utc(ts).isoformat()[:19] + "Z"
@@ -92,19 +94,13 @@ class Calendar:
         found = self._moments.get(ts // SLOT_S)
         return self._new(ts) if found is None else found
 
-    def person_deadline_s(self, owner_is_platform: bool, ts: int, content_days: int | None) -> int:
-        """Return from when the secret of a person, for the month of Unix second `ts`, is dead.
+    def account_secret_deadline_s(self, ts: int, content_days: int | None) -> int:
+        """Return from when an account's secret of a person, for the month of Unix second `ts`, is not needed any more.
 
-        The platform's: with the personal data of that month. An account's: when all content of that month is,
-        and whatever is sealed for transit and review; `content_days` None: content is never stored.
+        By then all content of that month is dead, and whatever is sealed for transit and review; `content_days`
+        None: content is never stored.
         """
-        moment = self.moment(ts)
-        if owner_is_platform:
-            return moment.pii_expires_s
-        return moment.month_end_s + (max(content_days or 0, PERSON_DAYS) + 1) * DAY_S
-
-    content_expires_s = staticmethod(content_expires_s)
-    instant = staticmethod(instant)
+        return self.moment(ts).month_end_s + (max(content_days or 0, PERSON_DAYS) + 1) * DAY_S
 
     def _new(self, ts: int) -> Moment:
         slot = ts // SLOT_S

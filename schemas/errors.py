@@ -87,7 +87,7 @@ class InputInvalid(Fatal):
 
 
 class RevealDenied(Fatal):
-    """This principal may not open this; nothing was opened."""
+    """Not open to this principal; nothing was opened."""
 
 
 class Action(StrEnum):

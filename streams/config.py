@@ -58,7 +58,7 @@ class Config(NamedTuple):
 
 
 def load(args: Namespace) -> Config:
-    """Return the configuration of a command's `--config` and `--log`. Reads files; raises InputInvalid, PolicyInvalid."""
+    """Return the configuration that `--config` and `--log` name. Reads files. Raises InputInvalid, PolicyInvalid."""
     path = Path(args.config)
     settings = _read(path, required=args.config != "streamveil.toml")
     base = path.parent
@@ -86,7 +86,7 @@ def read_policy(name: str, base: Path) -> tuple[Policy, str]:
         return parse_policy(packs[name], f"pack {name}"), f"pack {name}"
     path = base / name
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError):
         raise InputInvalid(
             f"the policy is neither a pack ({', '.join(sorted(packs))}) nor a file that can be read", file=str(path)

@@ -217,7 +217,13 @@ async def publish(log: Log, source: Source, progress: Progress, *, restart: bool
     raises; then what was appended stays, and a file on disk is gone on with by the next run.
     """
     with source.opened() as (descriptor, regular):
-        return await _Publishing(log, source, progress, descriptor, resumable=regular).run(restart=restart)
+        run = _Publishing(log, source, progress, descriptor, resumable=regular)
+        try:
+            return await run.run(restart=restart)
+        except BaseException:
+            if run.appended_line > 1:
+                progress.note(f"stopped; everything before line {run.appended_line} is published")
+            raise
 
 
 class _Publishing:
@@ -233,6 +239,7 @@ class _Publishing:
         self._counts = dict.fromkeys((*_KINDS, "", "opaque"), 0)
         self._chunks: dict[tuple[str, int], list[Message]] = {}
         self._records = self._bytes = self._advanced = 0
+        self.appended_line = 0
 
     async def run(self, *, restart: bool) -> Counts:
         """Publish what is left of the file."""
@@ -252,7 +259,7 @@ class _Publishing:
                 continue
             self._take(converter, raw, line)
             full = self._records >= CHUNK_RECORDS or self._bytes >= CHUNK_BYTES
-            if full or (self._bookmark_name is None and self._lines.would_block()):
+            if full or self._lines.would_block():
                 await self._append(self._lines.bookmark())
         await self._append(None)
         kinds = self._counts
@@ -311,6 +318,7 @@ class _Publishing:
         self._records = self._bytes = 0
         self._progress.advance(self._lines.position - self._advanced)
         self._advanced = self._lines.position
+        self.appended_line = self._lines.ends + 1
 
 
 def _now_ms() -> int:

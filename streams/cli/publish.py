@@ -2,49 +2,55 @@
 
 import argparse
 import asyncio
-import os
-import sys
+from functools import partial
 from pathlib import Path
-from typing import Any
-
-import orjson
+from typing import TYPE_CHECKING
 
 from processors.gateways import FORMATS, guess_format
 from schemas.errors import InputInvalid
+from streams.cli.common import STDIN, bar, print_json, say, size_bytes
 from streams.config import load
+
+if TYPE_CHECKING:
+    from streams.publish import Counts, Source
 
 MAX_REPORTED = 100
 """Lines that could not be parsed are reported one by one up to here, then counted."""
 
 
-def add(subparsers: Any) -> None:
+def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Register `publish`."""
-    noun = subparsers.add_parser("publish", help="publish gateway files; a killed run is gone on with by the next")
+    noun = subparsers.add_parser("publish", help="publish gateway files; what was interrupted is gone on with")
     noun.add_argument("files", metavar="FILE", nargs="+", help="a file, or - for standard input")
     noun.add_argument("--format", choices=FORMATS, help="default: by the file's name")
-    noun.add_argument("--map", type=Path, metavar="FILE", help="mapping file of the format mapped")
-    noun.add_argument("--restart", action="store_true", help="from the beginning, whatever a killed run published")
+    noun.add_argument("--map", metavar="FILE", help="mapping of the format mapped, or settings of an asterisk one")
+    noun.add_argument("--restart", action="store_true", help="from the first line, whatever was published before")
     noun.add_argument("--json", action="store_true", help="one JSON object a file")
     noun.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> int:
-    from streams.publish import STDIN, Source
+    asyncio.run(_publish(args, _sources(args)))
+    return 0
 
+
+def _sources(args: argparse.Namespace) -> "list[Source]":
+    """Return what is to be published, all of it checked before anything is."""
+    from streams.publish import Source
+
+    for at, name in enumerate(args.files, 1):
+        if name != STDIN and not Path(name).exists():
+            raise InputInvalid(f"there is no such file: FILE {at} of {len(args.files)}; nothing was published")
     mapping = None if args.map is None else _text(args.map)
     sources = []
     for name in args.files:
         format_name = args.format or guess_format(name, mapping is not None)
-        sources.append(Source(name, format_name, mapping, str(args.map or format_name)))
+        sources.append(Source(name, format_name, mapping, name if args.map is None else args.map))
         sources[-1].open_format()
-        if name != STDIN and not os.access(name, os.R_OK):
-            raise InputInvalid("there is no such file, or it may not be read; nothing was published", file=name)
-    asyncio.run(_publish(args, sources))
-    return 0
+    return sources
 
 
-async def _publish(args: argparse.Namespace, sources: list[Any]) -> None:
-    from streams.cli.progress import bar
+async def _publish(args: argparse.Namespace, sources: "list[Source]") -> None:
     from streams.deployment import open_log
     from streams.publish import Progress, publish
 
@@ -52,23 +58,18 @@ async def _publish(args: argparse.Namespace, sources: list[Any]) -> None:
     try:
         for source in sources:
             unparsed = _Unparsed(source.name)
-            with bar(source.name, _size(source.name)) as advance:
-                progress = Progress(advance, lambda text, name=source.name: _say(f"{name}: {text}"), unparsed.tell)
+            with bar(source.name, size_bytes(source.name)) as advance:
+                progress = Progress(advance, partial(_note, source.name), unparsed.tell)
                 try:
                     counts = await publish(log, source, progress, restart=args.restart)
                 finally:
                     unparsed.end()
             if args.json:
-                print(orjson.dumps(counts._asdict()).decode(), flush=True)
+                print_json(counts._asdict())
             else:
-                rest = ", ".join(f"{count:,} {kind}" for kind, count in counts._asdict().items()
-                                 if kind in _KINDS and count)  # fmt: skip
-                _say(f"{counts.file}: {counts.published:,} published" + (f": {rest}" if rest else ""))
+                say(_summary(counts))
     finally:
         await log.close()
-
-
-_KINDS = ("requests", "cdrs", "preferences", "unrecognised", "opaque")
 
 
 class _Unparsed:
@@ -81,24 +82,26 @@ class _Unparsed:
     def tell(self, line: int, reason: str) -> None:
         self._count += 1
         if self._count <= MAX_REPORTED:
-            _say(f"{self._name}:{line}: {reason}; published as opaque for quarantine")
+            say(f"{self._name}:{line}: {reason}; published as opaque for quarantine")
 
     def end(self) -> None:
         if self._count > MAX_REPORTED:
-            _say(f"{self._name}: {self._count - MAX_REPORTED:,} more lines published as opaque for quarantine")
+            more = self._count - MAX_REPORTED
+            say(f"{self._name}: {more:,} lines more could not be parsed; published as opaque for quarantine")
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
+def _summary(counts: "Counts") -> str:
+    kinds = ("requests", "cdrs", "preferences", "unrecognised", "opaque")
+    parts = [f"{count:,} {kind}" for kind in kinds if (count := getattr(counts, kind))]
+    return f"{counts.file}: {counts.published:,} published" + (f" ({', '.join(parts)})" if parts else "")
 
 
-def _text(path: Path) -> str:
+def _note(name: str, text: str) -> None:
+    say(f"{name}: {text}")
+
+
+def _text(name: str) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
-        raise InputInvalid("the mapping file cannot be read", file=str(path)) from None
-
-
-def _size(name: str) -> int | None:
-    path = Path(name)
-    return path.stat().st_size if path.is_file() else None
+        raise InputInvalid("the mapping file of --map cannot be read") from None

@@ -176,8 +176,8 @@ class KeyCache:
             del ring.epochs[epoch_ref], self._seals[epoch_ref]
         for person_ref in [ref for ref, end_s in self._kept_until_s.items() if end_s <= now_s]:
             del ring.persons[person_ref], self._kept_until_s[person_ref]
-        alive = {epoch.id for epoch in ring.epochs.values()}
-        for cipher in [cipher for cipher in ring.ciphers if cipher[0] not in alive]:
+        alive = {str(epoch.id) for epoch in ring.epochs.values()}
+        for cipher in [cipher for cipher in ring.ciphers if cipher[0].partition("|")[0] not in alive]:
             del ring.ciphers[cipher]
         deadlines_s = (_instant(epoch.deadline_s) for epoch in ring.epochs.values())
         self._next_death_s = min(chain(deadlines_s, self._kept_until_s.values()), default=math.inf)

@@ -205,12 +205,15 @@ def _check_folder(folder: Path) -> None:
 
 
 def _read(path: Path) -> bytes:
-    with os.fdopen(os.open(path, _READ), "rb") as file:
-        info = os.fstat(file.fileno())
+    descriptor = os.open(path, _READ)
+    try:
+        info = os.fstat(descriptor)
         if not stat.S_ISREG(info.st_mode):
             raise KeysUnusable("key material must be a regular file", path=str(path))
         check_private(info, path, "600")
-        return file.read(4096)
+        return os.read(descriptor, 4096)
+    finally:
+        os.close(descriptor)
 
 
 def _write_new(path: Path, content: bytes) -> bool:

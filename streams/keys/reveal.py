@@ -135,7 +135,7 @@ class Revealer:
         envelope = orjson.loads(message.value)
         template = self._planner.output("verdicts", envelope["account_id"], now_s)
         value = render_verdict(
-            self._planner, template, envelope["record_id"], envelope["channel"], envelope["purpose"], why, now_s,
+            template, envelope["record_id"], envelope["channel"], envelope["purpose"], why, now_s,
             second=True,
         )  # fmt: skip
         return Message(now_s * 1000, None, template.headers, value)

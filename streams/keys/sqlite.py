@@ -202,7 +202,7 @@ class SqliteKeyStore:
             if ref not in persons:
                 sid, secret = os.urandom(_SID_BYTES), os.urandom(SECRET_BYTES)
                 wrapped = _sealed(self._cipher(day, make=True), secret, _person_aad(ref, sid))
-                made.append((*ref, sid, day, wrapped))
+                made.append((ref.owner, ref.token, ref.month, sid, day, wrapped))
                 persons[ref] = PersonSecret(sid.hex(), secret)
         self._db.executemany("INSERT INTO persons VALUES (?, ?, ?, ?, ?, ?)", made)
         return persons
@@ -547,8 +547,7 @@ def _epoch_aad(key_id: KeyId, deadline_s: int | None) -> bytes:
 
 
 def _person_aad(ref: PersonRef, sid: bytes) -> bytes:
-    owner, token, month = ref
-    return _person_aad_head(owner, month) + sid + token  # sids have one length
+    return _person_aad_head(ref.owner, ref.month) + sid + ref.token  # sids have one length
 
 
 @lru_cache(maxsize=4096)

@@ -92,8 +92,9 @@ class KeyStore(Protocol):
         """
 
     def renew_lease(self, process_id: str, expires_s: float, seen_sequence: int) -> int:
-        """Extend a process's key lease to `expires_s` (Unix s), say which destructions it knows of, and return the
-        current destruction sequence.
+        """Extend a process's key lease to `expires_s` (Unix s) and return the current destruction sequence.
+
+        `seen_sequence` tells the store which destructions the process has taken note of.
         """
 
     def drop_lease(self, process_id: str) -> None:
@@ -112,8 +113,9 @@ class KeyStore(Protocol):
         """Delete all versions of an epoch key, leave a tombstone, and return the new destruction sequence."""
 
     def destroy_person(self, owner: str, token: bytes) -> int:
-        """Delete an owner's secrets of a person and the mapping to their sids, tombstone the sids, and return the
-        new destruction sequence.
+        """Delete an owner's secrets of a person and return the new destruction sequence.
+
+        The mapping from the person to their sids goes too; the sids keep a tombstone.
         """
 
     def status(self, now_s: int) -> list[KeyStatus]:

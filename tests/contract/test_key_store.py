@@ -1,4 +1,4 @@
-"""What every key store promises (streams/keys/store.py), held by each implementation; and the SQLite file's own rules."""
+"""What every key store promises (streams/keys/store.py), and the SQLite file's own rules."""
 
 import multiprocessing
 import sqlite3
@@ -108,7 +108,14 @@ def _fetch_in_a_process(folder: Path, barrier, results) -> None:
     store = deployment.open()
     barrier.wait(30)
     found = store.fetch(Needs({PII: (LATER, 5)}, persons(person(n) for n in range(500)).persons), NOW)
-    results.put((store.store_id, store.token_key().key, found.epochs[PII].key, sorted(found.persons.items())))
+    results.put(
+        (
+            store.store_id,
+            store.token_key().key,
+            found.epochs[PII].key,
+            [(ref.token, *one) for ref, one in sorted(found.persons.items(), key=lambda item: item[0].token)],
+        )
+    )
     deployment.close()
 
 

@@ -120,20 +120,23 @@ def test_a_root_key_or_kek_open_to_others_is_refused(kms, folder, mode):
 
 
 @pytest.mark.parametrize("mode", [0o750, 0o705, 0o711])
-def test_a_folder_open_to_others_is_refused(kms, folder, mode):
+@pytest.mark.usefixtures("kms")
+def test_a_folder_open_to_others_is_refused(folder, mode):
     folder.chmod(mode)
     for call in (LocalKms.open, LocalKms.create):
         with refused("run: chmod 700"):
             call(folder, STORE)
 
 
-def test_what_another_user_owns_is_refused(kms, folder, monkeypatch):
+@pytest.mark.usefixtures("kms")
+def test_what_another_user_owns_is_refused(folder, monkeypatch):
     monkeypatch.setattr("os.geteuid", lambda: 12345)
     with refused("belongs to another user"):
         LocalKms.open(folder, STORE)
 
 
-def test_links_and_special_files_are_refused(kms, folder):
+@pytest.mark.usefixtures("kms")
+def test_links_and_special_files_are_refused(folder):
     root = folder / f"{STORE}.root"
     root.rename(folder / "real")
     root.symlink_to(folder / "real")
@@ -161,14 +164,16 @@ def test_a_missing_root_key_is_named_and_not_made(folder, tmp_path):
 
 
 @pytest.mark.parametrize("change", [lambda b: b[:-1], lambda b: b + b"x", lambda b: b[1:], lambda _: b""])
-def test_a_root_key_of_the_wrong_length_is_refused(kms, folder, change):
+@pytest.mark.usefixtures("kms")
+def test_a_root_key_of_the_wrong_length_is_refused(folder, change):
     root = folder / f"{STORE}.root"
     root.write_bytes(change(root.read_bytes()))
     with refused("root key damaged"):
         LocalKms.open(folder, STORE)
 
 
-def test_an_unreadable_root_key_is_refused_with_the_reason(kms, folder, monkeypatch):
+@pytest.mark.usefixtures("kms")
+def test_an_unreadable_root_key_is_refused_with_the_reason(folder, monkeypatch):
     def denied(*_):
         raise PermissionError(errno.EACCES, "denied")
 
@@ -177,7 +182,8 @@ def test_an_unreadable_root_key_is_refused_with_the_reason(kms, folder, monkeypa
         LocalKms.open(folder, STORE)
 
 
-def test_a_root_key_is_never_overwritten(kms, folder):
+@pytest.mark.usefixtures("kms")
+def test_a_root_key_is_never_overwritten(folder):
     before = (folder / f"{STORE}.root").read_bytes()
     with refused("exists already"):
         LocalKms.create(folder, STORE)

@@ -315,10 +315,10 @@ def test_the_month_of_a_moment_is_what_the_wall_says(ts, name):
 @given(seconds, st.integers(1, 400), st.sampled_from(ZONES))
 def test_a_persons_secret_of_an_account_outlives_everything_sealed_under_it(ts, days, name):
     calendar = SHARED[name]
-    dead = calendar.person_deadline_s(False, ts, days)
-    assert dead >= calendar.content_expires_s(ts, days)
+    dead = calendar.account_secret_deadline_s(ts, days)
+    assert dead >= content_expires_s(ts, days)
     review_s, transit_s = content_expires_s(ts, 30), (ts // 3600 + 25) * 3600
-    assert dead >= calendar.person_deadline_s(False, ts, None) >= max(review_s, transit_s)
+    assert dead >= calendar.account_secret_deadline_s(ts, None) >= max(review_s, transit_s)
 
 
 @settings(deadline=None)
@@ -326,10 +326,8 @@ def test_a_persons_secret_of_an_account_outlives_everything_sealed_under_it(ts, 
 def test_a_persons_secret_has_one_deadline_a_month(ts, later, name):
     calendar = SHARED[name]
     first, second = calendar.moment(ts), calendar.moment(ts + later)
-    for mine in (True, False):
-        deadlines = {calendar.person_deadline_s(mine, when, 45) for when in (ts, ts + later)}
-        assert (len(deadlines) == 1) == (first.month_epoch == second.month_epoch)
-    assert calendar.person_deadline_s(True, ts, 45) == first.pii_expires_s
+    deadlines = {calendar.account_secret_deadline_s(when, 45) for when in (ts, ts + later)}
+    assert (len(deadlines) == 1) == (first.month_epoch == second.month_epoch)
 
 
 def test_content_dies_at_utc_midnight_after_its_days():
@@ -357,10 +355,9 @@ def test_an_instant_is_rfc_3339(number, second):
 def test_an_instant_beyond_the_calendar_is_clamped(ts, name, days):
     calendar = SHARED[name]
     moment = calendar.moment(ts)
-    assert len(moment.coarse) == len(calendar.instant(ts)) == 20
-    assert calendar.instant(calendar.content_expires_s(ts, days)).endswith("Z")
-    assert calendar.person_deadline_s(True, ts, days) == moment.pii_expires_s
-    assert calendar.person_deadline_s(False, ts, days) > moment.month_end_s
+    assert len(moment.coarse) == len(instant(ts)) == 20
+    assert instant(content_expires_s(ts, days)).endswith("Z")
+    assert calendar.account_secret_deadline_s(ts, days) > moment.month_end_s
 
 
 def test_the_ends_of_time():

@@ -60,7 +60,7 @@ class World:
         self.cache = KeyCache(self.store, self.lease, **bounds)
 
     def fetch(self, epochs=(), persons=(), deadline_s: int | None = NOW + 99 * DAY, seals: int = 1):
-        needs = Needs({ref: (deadline_s, seals) for ref in epochs}, dict.fromkeys(persons, deadline_s))
+        needs = Needs(dict.fromkeys(epochs, (deadline_s, seals)), dict.fromkeys(persons, deadline_s))
         return self.cache.fetch(needs, int(self.now))
 
 
@@ -73,6 +73,10 @@ def world() -> World:
 
 def person(number: int) -> PersonRef:
     return PersonRef(PLATFORM, number.to_bytes(16, "big"), "2027-01")
+
+
+def derive(ring, ref: EpochRef, sid: str = "sid") -> None:
+    ring.cipher(ring.epochs[ref], f"{ring.epochs[ref].id}|acme", sid, b"s" * 32, "acme")
 
 
 # --- the lease ----------------------------------------------------------------------------------------------
@@ -173,11 +177,11 @@ def test_an_epoch_leaves_the_ring_at_its_deadline_with_its_ciphers(world):
     ring = world.fetch([TRANSIT], deadline_s=NOW + 60)
     world.fetch([PII])
     for ref in (PII, TRANSIT):
-        ring.cipher(ring.epochs[ref], "sid", b"s" * 32, "acme")
+        derive(ring, ref)
     world.now = NOW + 60
     world.fetch([TRANSIT], deadline_s=NOW + 60)
     assert list(ring.epochs) == [PII]
-    assert [key[0].domain for key in ring.ciphers] == ["pii"]
+    assert [name for name, _ in ring.ciphers] == [f"{ring.epochs[PII].id}|acme"]
     assert len(world.store.asked) == 2
 
 
@@ -207,7 +211,7 @@ def test_an_epoch_that_the_store_leaves_out_leaves_the_ring(world):
 
 def test_a_moved_sequence_clears_everything_and_fetches_anew(world):
     ring = world.fetch([PII], [person(1), person(2)])
-    ring.cipher(ring.epochs[PII], "sid", b"s" * 32, "acme")
+    derive(ring, PII)
     world.store.sequence = 1
     world.lease.renew()
     world.fetch([PII], [person(1)])
@@ -244,7 +248,7 @@ def test_bounds_hold_and_the_batch_at_hand_is_never_dropped():
         assert len(ring.epochs) <= 10 + 3
         assert len(ring.ciphers) <= 50 + 30
         for one in batch:
-            ring.cipher(ring.epochs[refs[0]], ring.persons[one].sid, b"s" * 32, "acme")
+            derive(ring, refs[0], ring.persons[one].sid)
     assert len(world.cache._kept_until_s) == len(ring.persons)
     assert len(world.cache._seals) == len(ring.epochs)
 

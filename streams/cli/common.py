@@ -1,0 +1,73 @@
+"""What several commands share: numbers from standard input, notes, tables, a progress bar."""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import orjson
+
+from schemas.errors import InputInvalid
+
+STDIN = "-"
+
+
+def number(argument: str) -> str:
+    """Return a NUMBER argument, or the first line of standard input for `-`."""
+    return plain(sys.stdin.buffer.readline().decode("utf-8", "replace") if argument == STDIN else argument).strip()
+
+
+def plain(text: str) -> str:
+    """Return an argument with what was no UTF-8 in it replaced."""
+    return text.encode("utf-8", "replace").decode()
+
+
+@contextmanager
+def opened(name: str) -> Iterator[BinaryIO]:
+    """Open a file to read, or standard input for `-`. Raises InputInvalid; a name that is no file is not repeated."""
+    if name == STDIN:
+        yield sys.stdin.buffer
+        return
+    try:
+        file = Path(name).open("rb")  # noqa: SIM115 — closed below; here it is only seen whether it opens
+    except OSError as error:
+        raise InputInvalid(f"FILE cannot be read: {error.strerror}") from None
+    with file:
+        yield file
+
+
+def size_bytes(name: str) -> int | None:
+    """Return a file's size in bytes, or None if it has none."""
+    path = Path(name)
+    return path.stat().st_size if path.is_file() else None
+
+
+def say(text: str) -> None:
+    """Print a note to standard error."""
+    print(text, file=sys.stderr)
+
+
+def print_json(value: object) -> None:
+    """Print a value as one line."""
+    print(orjson.dumps(value).decode())
+
+
+def print_table(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print rows under titles, aligned; None as `-`."""
+    cells = [tuple(titles), *(tuple("-" if cell is None else str(cell) for cell in row) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        print("  ".join(map(str.ljust, line, widths)).rstrip())
+
+
+@contextmanager
+def bar(what: str, total_bytes: int | None) -> Iterator[Callable[[int], None]]:
+    """Yield what to tell of bytes done; shown on standard error if that is a terminal. None: total not known."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=total_bytes or None)
+        yield lambda done: progress.advance(task, done)

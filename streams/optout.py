@@ -1,0 +1,273 @@
+"""Opt-outs given on the command line: one entry, or a whole file of them, into and out of `suppressions`.
+
+Rules of this file:
+- What is written is what a worker would write for a preference: same tokens, same keys, sealed in the same way.
+- A lift is a record: `remove` writes an opt-in of exactly the entry that stands, and nothing where none stands.
+- An error names the column that is wrong, never what stood in it.
+"""
+
+import csv
+import io
+import os
+import re
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from datetime import UTC, datetime
+from typing import Final, NamedTuple
+
+import orjson
+
+from processors.keyring import Needs
+from processors.pipeline import seal_change
+from processors.plan import Template
+from processors.retention import instant
+from processors.screen.suppression import MAX_AHEAD_S, Change, Overlay, Rule, parse_key, scope_id
+from processors.seal import ENTROPY_BYTES, Entropy, Sealer
+from schemas.catalog import partition_for
+from schemas.errors import InputInvalid, KeysChanged, LeaseExpired
+from schemas.fields import REASON, Kind, Party, is_account, is_record_id, normalise
+from schemas.outbound import Message, Output
+from streams.deployment import Deployment
+from streams.keys.reveal import State
+from streams.log.protocol import Stored
+from streams.state.suppressions import STREAM, SuppressionTail
+
+CLASSES: Final = ("all", "marketing", "service")
+CHANNELS: Final = ("sms", "voice")
+AUTHORITIES: Final = ("person", "officer")
+COLUMNS: Final = ("number", "account", "sender", "campaign", "class", "channel", "authority", "reason", "event_at")
+TOKEN: Final = "token:"  # noqa: S105 — marks a sender in an export; only the sender's token is known there
+CHUNK_LINES: Final = 5000
+_PAGE: Final = 1000
+_TRIES: Final = 5
+_TOKEN = re.compile(r"token:[0-9a-f]{32}")
+_INSTANT = re.compile(r"\d{4}-\d\d-\d\d([Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d))?")
+_WRONG: Final = {
+    "number": "the number is nobody's: give an E.164 number, such as one that begins with + and a country code",
+    "account": "the account is not one that the policy serves, or is missing beside a sender or campaign",
+    "sender": "give either a sender or a campaign, and one that can be read",
+    "campaign": "a campaign has 1 to 128 printable ASCII characters, and not the person's number",
+    "class": f"the class is one of {', '.join(CLASSES)}",
+    "channel": f"the channel is one of {', '.join(CHANNELS)}, or left out for both",
+    "authority": f"the authority is one of {', '.join(AUTHORITIES)}",
+    "reason": "the reason must be a code or case reference: at most 40 letters, digits, - _ /",
+    "event_at": "a time is RFC 3339 (2026-11-21T14:00:00Z) or a date (2026-11-21)",
+}
+
+
+class EntryInvalid(InputInvalid):
+    """An entry is not valid; `column` says where."""
+
+    def __init__(self, column: str) -> None:
+        """Take the column (a key of `_WRONG`)."""
+        self.column = column
+        super().__init__(_WRONG[column])
+
+
+class Entry(NamedTuple):
+    """An opt-out as it was asked for; "" is not given. `event_at`: RFC 3339 or a date; "" is now."""
+
+    number: str
+    account: str = ""
+    sender: str = ""
+    campaign: str = ""
+    class_: str = "all"
+    channel: str = ""
+    authority: str = "person"
+    reason: str = ""
+    event_at: str = ""
+
+    def __repr__(self) -> str:
+        return "Entry()"
+
+
+class Standing(NamedTuple):
+    """An opt-out that stands: its rule, a sender's token cut out, and since when (RFC 3339)."""
+
+    scope: str
+    class_: str
+    channel: str
+    authority: str
+    since: str
+
+
+class Loaded(NamedTuple):
+    """What came of a file: lines read, opt-outs written, lines not understood."""
+
+    lines: int
+    written: int
+    bad: int
+
+
+class OptOuts:
+    """The opt-outs of one deployment, as of the last `catch_up`."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        self._deployment = deployment
+        self._policy = deployment.config.policy
+        self._tokens = deployment.pipeline.tokens
+        self._tail = SuppressionTail(deployment.log)
+
+    async def catch_up(self) -> None:
+        """Read the stream to its end. Blocks."""
+        await self._tail.catch_up()
+
+    async def add(self, entries: Sequence[Entry], now_s: int) -> int:
+        """Write the opt-outs, one record per channel, durable on return; return how many. Raises EntryInvalid."""
+        changes = [change for entry in entries for change in self.changes(entry, now_s)]
+        return await self._apply(changes, now_s)
+
+    async def remove(self, entry: Entry, now_s: int) -> int:
+        """Lift exactly these opt-outs; return how many stood and were lifted. Raises EntryInvalid, InputInvalid."""
+        lifts = []
+        for change in self.changes(entry, now_s):
+            state = (self._tail.view.get(change.token) or {}).get(change.rule)
+            if state is None or not state.out:
+                continue
+            # it is seen to stand, so this comes after it, within the same second too
+            event_s = max(now_s, state.event_s + 1)
+            if event_s > now_s + MAX_AHEAD_S:
+                raise InputInvalid(f"this opt-out is of {instant(state.event_s)}, ahead of the clock; lift it then")
+            lifts.append(change._replace(out=False, event_s=event_s))
+        return await self._apply(lifts, now_s)
+
+    def standing(self, entry: Entry) -> list[Standing]:
+        """Return the person's opt-outs that stand: all, or of the account, sender, campaign, … that are given.
+
+        With an account, its own and those of the platform, which bind it too. Raises EntryInvalid.
+        """
+        party = self._party(entry, listed=False)
+        scopes = self._scopes(entry, party)
+        found = []
+        for rule, state in (self._tail.view.get(self._tokens.of(party.value)) or {}).items():
+            if (
+                state.out
+                and (scopes is None or rule.scope in scopes or rule.scope.startswith(self._within(entry)))
+                and entry.class_ in ("", rule.class_)
+                and entry.channel in ("", rule.channel)
+                and entry.authority in ("", rule.authority)
+            ):
+                shown = _shown(rule.scope)
+                found.append(Standing(shown, rule.class_, rule.channel, rule.authority, instant(state.event_s)))
+        return sorted(found)
+
+    def changes(self, entry: Entry, now_s: int) -> list[Change]:
+        """Return the opt-outs of an entry, one per channel, not yet written. Raises EntryInvalid."""
+        party = self._party(entry, listed=True)
+        scope = (self._scopes(entry, party) or ["platform"])[-1]
+        if entry.class_ not in CLASSES:
+            raise EntryInvalid("class")
+        if entry.channel not in ("", *CHANNELS):
+            raise EntryInvalid("channel")
+        if entry.authority not in AUTHORITIES:
+            raise EntryInvalid("authority")
+        if entry.reason and (not REASON.fullmatch(entry.reason) or _tells(entry.reason, party)):
+            raise EntryInvalid("reason")
+        event_s = _event_s(entry.event_at) if entry.event_at else now_s
+        token = self._tokens.of(party.value)
+        return [
+            Change(token, Rule(scope, entry.class_, channel, entry.authority), True, event_s, party.value,
+                   entry.reason or None)
+            for channel in ([entry.channel] if entry.channel else CHANNELS)
+        ]  # fmt: skip
+
+    def _party(self, entry: Entry, *, listed: bool) -> Party:
+        """Return the person, whose number is read as the account's are."""
+        account = self._policy.account(entry.account) if entry.account else None
+        if entry.account and (not is_account(entry.account) or (listed and account is None)):
+            raise EntryInvalid("account")
+        party = normalise(entry.number, account.default_region if account else None)
+        if not party.is_person or party.kind is Kind.UNKNOWN or (account and party.value in account.own):
+            raise EntryInvalid("number")
+        return party
+
+    def _scopes(self, entry: Entry, party: Party) -> list[str] | None:
+        """Return the scopes that cover what is given, the narrowest last; None: nothing is given."""
+        if not entry.account:
+            if entry.sender or entry.campaign:
+                raise EntryInvalid("account")
+            return None
+        if _tells(entry.account, party):
+            raise EntryInvalid("account")
+        scopes = ["platform", scope_id("account", entry.account, "", None, self._tokens)]
+        if entry.sender and entry.campaign:
+            raise EntryInvalid("sender")
+        if _TOKEN.fullmatch(entry.sender):
+            scopes.append(f"sender:{entry.account}:{entry.sender.removeprefix(TOKEN)}")
+        elif entry.sender:
+            account = self._policy.account(entry.account)
+            sender = normalise(entry.sender, account.default_region if account else None)
+            if sender.kind is Kind.NOBODY:
+                raise EntryInvalid("sender")
+            scopes.append(scope_id("sender", entry.account, sender.value, None, self._tokens))
+        elif entry.campaign:
+            if not is_record_id(entry.campaign) or _tells(entry.campaign, party):
+                raise EntryInvalid("campaign")
+            scopes.append(scope_id("campaign", entry.account, "", entry.campaign, self._tokens))
+        return scopes
+
+    @staticmethod
+    def _within(entry: Entry) -> tuple[str, ...]:
+        """Return how the narrower scopes of an account begin; none if it was asked about one of them."""
+        if entry.sender or entry.campaign:
+            return ()
+        return f"sender:{entry.account}:", f"campaign:{entry.account}:"
+
+    async def _apply(self, changes: Sequence[Change], now_s: int) -> int:
+        """Append what takes effect over the view, and take it over; return how many records that was."""
+        overlay = Overlay(self._tail.view)
+        for change in changes:
+            overlay.apply(change, now_s)
+        if overlay.changes:
+            await self._append(overlay.changes, now_s)
+            self._tail.view.merge(overlay)
+        return len(overlay.changes)
+
+    async def _append(self, changes: Sequence[Change], now_s: int) -> None:
+        """Seal and append, under a key lease; made anew if keys were destroyed meanwhile. Raises KeysChanged."""
+        deployment = self._deployment
+        keys, lease = deployment.keys()
+        try:
+            for left in reversed(range(_TRIES)):
+                seal = self._seals(changes, now_s, keys.fetch)
+                outputs: dict[int, list[Message]] = {}
+                for change in changes:
+                    partition = partition_for(change.token, deployment.log.partitions)
+                    outputs.setdefault(partition, []).append(seal_change(deployment.pipeline, seal, change, now_s))
+                try:
+                    lease.renew()
+                    keys.guard()()
+                except (KeysChanged, LeaseExpired):
+                    if not left:
+                        raise
+                    continue
+                await deployment.log.append([Output(STREAM, *output) for output in outputs.items()])
+                return
+        finally:
+            keys.close()
+
+    def _seals(self, changes: Sequence[Change], now_s: int, fetch: Callable[..., object]) -> Callable[..., Sealer]:
+        raise NotImplementedError
+
+
+def _shown(scope: str) -> str:
+    """Return a scope as it may be shown: without a sender's token."""
+    kind, _, rest = scope.partition(":")
+    return f"sender:{rest.split(':')[0]}:…" if kind == "sender" else scope
+
+
+def _tells(text: str, party: Party) -> bool:
+    """Return whether a text that stands in the clear spells out the person's number or address."""
+    value = party.value.lstrip("+")
+    return len(value) >= 7 and value in text.lower()
+
+
+def _event_s(text: str) -> int:
+    """Return the Unix seconds of an RFC 3339 instant or a date (its first UTC second). Raises EntryInvalid."""
+    try:
+        if not _INSTANT.fullmatch(text):
+            raise ValueError("another layout")
+        at = datetime.fromisoformat(text.upper())
+        return int((at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp())
+    except (ValueError, OverflowError):
+        raise EntryInvalid("event_at") from None
