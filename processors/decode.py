@@ -6,6 +6,7 @@ The reasons are the vocabulary of `REASONS`; none carries anything of the record
 import re
 from datetime import UTC, datetime
 from functools import lru_cache
+from operator import attrgetter
 
 import msgspec
 import orjson
@@ -21,7 +22,7 @@ from schemas.fields import (
     is_record_id,
     normalise,
 )
-from schemas.inbound import Cdr, Communication, Inbound, Preference, Price, Request
+from schemas.inbound import SMS_FIELDS, VOICE_FIELDS, Cdr, Inbound, Preference, Price, Request
 
 FIELDS = frozenset(classes_of(Request, Cdr, Preference)) | {"type", "class"}
 MAX_AHEAD_S = 48 * 3600
@@ -46,6 +47,9 @@ REASONS = frozenset(
     | {"bad_value"}
 )
 
+_SMS_ONLY, _VOICE_ONLY = attrgetter(*SMS_FIELDS), attrgetter(*VOICE_FIELDS)
+_ABSENT = (None,) * max(len(SMS_FIELDS), len(VOICE_FIELDS))
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _decoder: msgspec.json.Decoder[Inbound] = msgspec.json.Decoder(Inbound)
 _PATH = re.compile(r"at `\$\.([a-z_]+)")
 _MISSING = re.compile(r"missing required field `([a-z_]+)`")
@@ -65,15 +69,18 @@ def decode(value: bytes) -> Inbound:
         raise Poison("bad_value:record_id")
     if not is_account(record.account_id):
         raise Poison("bad_value:account_id")
-    wrong = _first_wrong(record.country, record.mcc, record.mnc, record.route, record.status)
+    wrong = _first_wrong(record.country, record.mcc, record.mnc, record.route, record.status, record.price)
     if wrong is not None:
         raise Poison(wrong)
-    if record.price is not None and not _is_price(record.price):
-        raise Poison("bad_value:price")
-    if isinstance(record, Communication):
-        _check_communication(record)
-    elif record.scope == "campaign" and not record.campaign_id:
-        raise Poison("missing_field:campaign_id")
+    if type(record) is Preference:
+        if record.scope == "campaign" and not record.campaign_id:
+            raise Poison("missing_field:campaign_id")
+        return record
+    foreign = _VOICE_ONLY(record) if record.channel == "sms" else _SMS_ONLY(record)
+    if foreign != _ABSENT[: len(foreign)]:
+        raise Poison("field_of_other_channel")
+    if type(record) is Request and record.direction == "mo":
+        raise Poison("request_must_be_mt")
     return record
 
 
@@ -95,46 +102,27 @@ def parties(record: Inbound, region: str | None) -> tuple[Party, Party]:
 
 def timestamp(record: Inbound, now_s: float) -> int:
     """Return `occurred_at` in whole Unix seconds. Raises Poison if it is more than 48 hours ahead of `now_s`."""
-    ts = int(record.occurred_at.timestamp() // 1)
+    since = record.occurred_at - _EPOCH
+    ts = since.days * 86_400 + since.seconds
     if ts > now_s + MAX_AHEAD_S:
         raise Poison("too_far_ahead")
     return ts
 
 
-def _check_communication(record: Communication) -> None:
-    if record.channel == "sms":
-        if (
-            record.duration_s is not None
-            or record.billable_s is not None
-            or record.answered_at is not None
-            or record.hangup_cause is not None
-            or record.recording_ref is not None
-            or record.transcript is not None
-        ):
-            raise Poison("field_of_other_channel")
-    elif record.content is not None or record.segments is not None or record.encoding is not None:
-        raise Poison("field_of_other_channel")
-    if record.direction == "mo" and isinstance(record, Request):
-        raise Poison("request_must_be_mt")
-
-
 @lru_cache(maxsize=8192)
 def _first_wrong(
-    country: str | None, mcc: str | None, mnc: str | None, route: str | None, status: str | None
+    country: str | None, mcc: str | None, mnc: str | None, route: str | None, status: str | None, price: Price | None
 ) -> str | None:
-    """Return the reason for the first of the clear codes that is not one; memoised, for there are few."""
+    """Return the reason for the first wrong one of the values that may stand in the clear; memoised: there are few."""
     for name, text, shape in (("country", country, _COUNTRY), ("mcc", mcc, _MCC), ("mnc", mnc, _MNC)):
         if text is not None and not shape.fullmatch(text):
             return f"bad_value:{name}"
     for name, text in (("route", route), ("status", status)):
         if text is not None and not is_code(text):
             return f"bad_value:{name}"
+    if price is not None and (canonical_amount(price.amount) is None or not _CURRENCY.fullmatch(price.currency)):
+        return "bad_value:price"
     return None
-
-
-@lru_cache(maxsize=8192)
-def _is_price(price: Price) -> bool:
-    return canonical_amount(price.amount) is not None and _CURRENCY.fullmatch(price.currency) is not None
 
 
 def _decode_leap_second(value: bytes, error: Exception) -> Inbound:
@@ -145,13 +133,13 @@ def _decode_leap_second(value: bytes, error: Exception) -> Inbound:
         raise Poison("not_json") from None
     if not isinstance(fields, dict):
         raise Poison("not_an_object")
-    changed = False
+    leaps: list[bool] = []
     for name in ("occurred_at", "answered_at"):
         found = _LEAP_SECOND.fullmatch(text) if isinstance(text := fields.get(name), str) else None
         if found is not None:
             fields[name] = f"{found[1]}:59{found[3]}"
-            changed = _is_last_minute(fields[name])
-    if changed:
+            leaps.append(_is_last_minute(fields[name]))
+    if leaps and all(leaps):
         try:
             return _decoder.decode(orjson.dumps(fields))
         except (msgspec.MsgspecError, ValueError, RecursionError, OverflowError) as again:

@@ -29,7 +29,7 @@ from schemas.catalog import partition_for
 from schemas.errors import Poison
 from schemas.fields import Party, PrivacyClass, classes_of
 from schemas.inbound import Cdr, Inbound, Preference, Request
-from schemas.outbound import Message, Output
+from schemas.outbound import Headers, Message, Output
 
 UNKNOWN_ACCOUNT = ""
 _NO_ID, _AFTER_ID = b'"","sealed":[', b',"sealed":['
@@ -62,8 +62,18 @@ class Inbox(NamedTuple):
     offset: int
     values: Sequence[bytes]
 
+    def __repr__(self) -> str:
+        return f"Inbox({self.stream}/{self.partition}@{self.offset})"
 
-class _Cdr(msgspec.Struct, frozen=True, gc=False):
+
+class _Decided(msgspec.Struct, frozen=True, gc=False):
+    """What was decided about one record, which it holds; shows nothing of it."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+
+class _Cdr(_Decided, frozen=True, gc=False):
     """A CDR to be sealed and split: its plan, whose secrets seal it, and its content as JSON (None: not kept)."""
 
     record: Cdr
@@ -75,16 +85,17 @@ class _Cdr(msgspec.Struct, frozen=True, gc=False):
     content_person: PersonRef | None
 
 
-class _Request(msgspec.Struct, frozen=True, gc=False):
+class _Request(_Decided, frozen=True, gc=False):
     """A request with its verdict, and whose secrets seal it if it is cleared."""
 
     record: Request
     verdict: Verdict
+    template: Template | None  # of `cleared`, if it is
     primary: PersonRef | None
     other: PersonRef | None
 
 
-class _Review(msgspec.Struct, frozen=True, gc=False):
+class _Review(_Decided, frozen=True, gc=False):
     """A near miss for review: its fields as JSON, and whose secret seals them."""
 
     plan: Plan
@@ -149,6 +160,7 @@ class _Preparation:
         hours = self.policy.screening.quiet_hours
         self.quiet = None if hours is None else QuietHours(hours.start_time, hours.end_time, now_s)
         self.seals: dict[Template, int] = {}
+        self.cleared: dict[str, Template] = {}
         self.persons: dict[PersonRef, int | None] = {}
         self.prepared = Prepared(inbox, now_s, [], Needs({}, self.persons), Overlay(view), [], [], [], [])
         self.handlers: dict[type, Callable[..., Outcome]] = {
@@ -268,15 +280,17 @@ class _Preparation:
         )
         decided = verdict(subject, overlay, self.registries, self.policy, plan.account, self.quiet, now_s)
         if decided.reason is not None:
-            self.prepared.requests.append(_Request(record, decided, None, None))
+            self.prepared.requests.append(_Request(record, decided, None, None, None))
             return _REFUSALS[decided.reason]
         self.pipeline.request.take(record, plan.moment.hour_epoch + _SECONDS[ts % 3600])
-        template = self.planner.output("cleared", account_id, now_s)
+        template = self.cleared.get(account_id)
+        if template is None:
+            template = self.cleared[account_id] = self.planner.output("cleared", account_id, now_s)
         theirs = self._token_of(plan, other)
         self._need(template, 1 if theirs is None else 2)
         primary_ref = None if token is None else self._person(template, token, plan)
         other_ref = None if theirs is None else self._person(template, theirs, plan)
-        self.prepared.requests.append(_Request(record, decided, primary_ref, other_ref))
+        self.prepared.requests.append(_Request(record, decided, template, primary_ref, other_ref))
         return _EMIT_REQUEST
 
     def _scopes(self, record: Inbound, other: Party) -> tuple[str, ...]:
@@ -311,6 +325,15 @@ _EMIT_REQUEST = Outcome("request", End.EMIT, None)
 _EMIT_PREFERENCE = Outcome("preference", End.EMIT, None)
 _LIFTS_NOTHING = Outcome("preference", End.EMIT, "lifts_nothing")
 _REFUSALS = {reason: Outcome("request", End.REFUSE, reason) for reason in REASONS}
+
+
+class _Terms(NamedTuple):
+    """What the outputs of many requests share: verdict headers, verdict after the id, envelope around the id."""
+
+    headers: Headers
+    verdict: bytes
+    head: bytes
+    tail: bytes
 
 
 class _Completion:
@@ -423,37 +446,49 @@ class _Completion:
     def _requests(self) -> tuple[list[Message], list[Message]]:
         verdicts: list[Message] = []
         cleared: list[Message] = []
-        now_s, now_ms = self.prepared.now_s, self.now_ms
-        planner, layout, persons = self.planner, self.pipeline.request, self.ring.persons
-        envelopes: dict[tuple[Template, str, str, int | None], tuple[bytes, bytes]] = {}
+        layout, persons = self.pipeline.request, self.ring.persons
+        rendered: dict[tuple[str, str, str, str | None, int | None, int | None], _Terms] = {}
         for item in self.prepared.requests:
-            record, decided = item.record, item.verdict
-            account_id, channel, purpose = record.account_id, record.channel, record.purpose
-            template = planner.output("verdicts", account_id, now_s)
-            value = render_verdict(template, record.record_id, channel, purpose, decided, now_s)
-            verdicts.append(Message(now_ms, None, template.headers, value))
-            if decided.reason is not None:
+            record, decided, template = item.record, item.verdict, item.template
+            key = (
+                record.account_id, record.channel, record.purpose,
+                decided.reason, decided.not_after_s, decided.defer_until_s,
+            )  # fmt: skip
+            terms = rendered.get(key)
+            if terms is None:
+                terms = rendered[key] = self._terms(record, decided, template)
+            # the record id stands first in the verdict and last in the envelope: the rest is constant
+            record_id = orjson.dumps(record.record_id)
+            value = b"".join((b'{"record_id":', record_id, terms.verdict))
+            verdicts.append(Message(self.now_ms, None, terms.headers, value))
+            if template is None:
                 continue
-            template = planner.output("cleared", account_id, now_s)
-            terms = (template, channel, purpose, decided.not_after_s)
-            envelope = envelopes.get(terms)
-            if envelope is None:
-                not_after = instant(decided.not_after_s or now_s)
-                envelope = envelopes[terms] = template.envelope(
-                    account_id=account_id, channel=channel, not_after=not_after, purpose=purpose, record_id=""
-                )
-            head, tail = envelope
-            # the record id stands last before the parts, so the rest of the head is constant
-            head = b"".join((head[: -len(_NO_ID)], orjson.dumps(record.record_id), _AFTER_ID))
+            head = b"".join((terms.head, record_id, _AFTER_ID))
             if item.other is None:
-                seal = self._seal(template, tail, "primary")
+                seal = self._seal(template, terms.tail, "primary")
                 if seal is None:
                     raise ValueError("the key of cleared is missing from the ring")
                 value = seal(head, None if item.primary is None else persons[item.primary], layout.whole(record))
             else:
-                value = self._apart(template, (head, tail), layout, item)
-            cleared.append(Message(now_ms, None, template.headers, value))
+                value = self._apart(template, (head, terms.tail), layout, item)
+            cleared.append(Message(self.now_ms, None, template.headers, value))
         return verdicts, cleared
+
+    def _terms(self, record: Request, decided: Verdict, template: Template | None) -> "_Terms":
+        """Return what all requests of one account, channel, purpose and verdict share in their outputs."""
+        now_s = self.prepared.now_s
+        answer = self.planner.output("verdicts", record.account_id, now_s)
+        verdict_rest = render_verdict(answer, "", record.channel, record.purpose, decided, now_s)
+        head = tail = b""
+        if template is not None:
+            head, tail = template.envelope(
+                account_id=record.account_id,
+                channel=record.channel,
+                not_after=instant(decided.not_after_s or now_s),
+                purpose=record.purpose,
+                record_id="",
+            )
+        return _Terms(answer.headers, verdict_rest.removeprefix(b'{"record_id":""'), head.removesuffix(_NO_ID), tail)
 
     def _reviews(self) -> list[Message]:
         messages = []
@@ -494,6 +529,7 @@ def seal_change(pipeline: Pipeline, sealer_of: Callable[[Template], Sealer], cha
     template = pipeline.planner.output("suppressions", _account_of(change.rule), now_s)
     key = record_key(pipeline.tokens.version, change)
     head, tail = template.envelope(
+        account_id=template.account or None,
         action="opt_out" if change.out else "opt_in",
         entry=key.decode(),
         event_at=instant(change.event_s),
@@ -517,8 +553,8 @@ def render_verdict(
     """Return a verdict as JSON: id, cleared or refused, reason, clause, vendor codes, instants; no number, no text."""
     return orjson.dumps(
         {
-            "v": 1,
             "record_id": record_id,
+            "v": 1,
             "account_id": template.account,
             "channel": channel,
             "purpose": purpose,

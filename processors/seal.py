@@ -4,7 +4,6 @@
 streams (nonces, salt, shuffle); they are never derived from input, never reused, never stored.
 """
 
-import binascii
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, repeat
@@ -14,6 +13,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from pybase64 import b64encode
 
 from processors.keyring import EpochKey, KeyRing, PersonSecret
 from schemas.sealed import (
@@ -100,7 +100,7 @@ class Sealer:
         fixed_size = len(part) + 32 + len(after_sid)
         key_frame, name = self._key_frame, self._name
         ciphers, draws = self._ring.ciphers, self._entropy.draws
-        join, b2a, padding = b"".join, binascii.b2a_base64, PADDING
+        join, base64, padding = b"".join, b64encode, PADDING
 
         def seal(head: bytes, person: PersonSecret | None, plaintext: bytes) -> bytes:
             if person is None:
@@ -112,7 +112,7 @@ class Sealer:
             size = (len(head) + fixed_size).to_bytes(4, "big")
             aad = join((aad_start, seal_id, sid_size, sid, key_frame, size, head, part, sid, after_sid))
             ciphertext = cipher.encrypt(nonce, plaintext + padding[len(plaintext) % 32], aad)
-            box = b2a(seal_id + nonce + ciphertext, newline=False)
+            box = base64(seal_id + nonce + ciphertext)
             return join((head, b'{"box":"', box, after_box, sid, after_sid))
 
         return seal

@@ -41,7 +41,7 @@ def field_class(privacy: PrivacyClass, **bounds: Any) -> msgspec.Meta:
     return msgspec.Meta(extra={"privacy": privacy}, **bounds)
 
 
-class Classified(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+class Classified(msgspec.Struct, frozen=True, kw_only=True, gc=False, forbid_unknown_fields=True, omit_defaults=True):
     """A record in which a field without a privacy class cannot be defined."""
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -92,9 +92,12 @@ def is_account(text: str) -> bool:
     return _ACCOUNT.fullmatch(text) is not None
 
 
+_RECORD_ID = re.compile(r"[\x20-\x7e]{1,128}").fullmatch
+
+
 def is_record_id(text: str) -> bool:
     """Return whether a text can be a record id: 1 to 128 printable ASCII characters."""
-    return 0 < len(text) <= 128 and text.isascii() and text.isprintable()
+    return _RECORD_ID(text) is not None
 
 
 REASON = re.compile(r"[A-Za-z0-9_/-]{1,40}")
@@ -137,6 +140,9 @@ def _party(kind: Kind, value: str) -> Party:
     return Party(kind, value, kind in PERSONAL_KINDS)
 
 
+_E164 = re.compile(r"\+[1-9][0-9]{6,14}").fullmatch
+_RECENT = 50_000
+_recent: dict[str, Party] = {}  # well-formed numbers seen lately; their reading depends on nothing else
 NOBODY = _party(Kind.NOBODY, "")
 _WITHHELD = frozenset(
     {"anonymous", "unknown", "restricted", "private", "withheld", "unavailable", "<unknown>", "s", "h", "i", "t"}
@@ -154,9 +160,15 @@ def normalise(raw: str, region: str | None = None) -> Party:
     number are taken as one. Never raises. A well-formed `+…` costs well under 1 µs; anything else goes through
     the phone-number library once and then through a bounded cache.
     """
-    if raw[:1] == "+" and 8 <= len(raw) <= 16 and raw.isascii() and raw[1:].isdigit() and raw[1] != "0":
-        return Party(Kind.NUMBER, raw, True)
-    return _normalise_slowly(raw, region)
+    known = _recent.get(raw)
+    if known is not None:
+        return known
+    if not _E164(raw):
+        return _normalise_slowly(raw, region)
+    if len(_recent) >= _RECENT:
+        _recent.clear()
+    party = _recent[raw] = Party(Kind.NUMBER, raw, is_person=True)
+    return party
 
 
 @lru_cache(maxsize=16384)

@@ -33,14 +33,14 @@ Attributes = Annotated[dict[str, str], msgspec.Meta(max_length=64)]
 _P = PrivacyClass
 
 
-class Price(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Price(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
     """What the communication costs: decimal `amount` ≥ 0 and ISO 4217 `currency`."""
 
     amount: Decimal
     currency: str
 
 
-class Common(Classified, frozen=True, kw_only=True, tag_field="type"):
+class Common(Classified, frozen=True, kw_only=True, gc=False, tag_field="type"):
     """What every record carries. `sender` and `recipient` are as the gateway wrote them."""
 
     v: Annotated[Literal[1], field_class(_P.SHAPE)]
@@ -66,7 +66,7 @@ class Common(Classified, frozen=True, kw_only=True, tag_field="type"):
     attributes: Annotated[Attributes | None, field_class(_P.PERSON)] = None
 
 
-class Communication(Common, frozen=True, kw_only=True):
+class Communication(Common, frozen=True, kw_only=True, gc=False):
     """A request or a CDR: one SMS or one call, with its content where the gateway has it."""
 
     content: Annotated[str | None, field_class(_P.CONTENT)] = None
@@ -80,19 +80,19 @@ class Communication(Common, frozen=True, kw_only=True):
     transcript: Annotated[str | None, field_class(_P.CONTENT)] = None
 
 
-class Request(Communication, frozen=True, kw_only=True, tag="request"):
+class Request(Communication, frozen=True, kw_only=True, gc=False, tag="request"):
     """A communication about to be sent: it gets a verdict."""
 
     purpose: Annotated[Purpose, field_class(_P.BILLING)]
 
 
-class Cdr(Communication, frozen=True, kw_only=True, tag="cdr"):
+class Cdr(Communication, frozen=True, kw_only=True, gc=False, tag="cdr"):
     """A communication that happened; an inbound message is a `Cdr` with direction `mo`."""
 
     purpose: Annotated[Purpose | None, field_class(_P.BILLING)] = None
 
 
-class Preference(Common, frozen=True, kw_only=True, tag="preference"):
+class Preference(Common, frozen=True, kw_only=True, gc=False, tag="preference"):
     """An opt-out or opt-in by `sender`, the person; `recipient` is the sender id it is about."""
 
     action: Annotated[SuppressionAction, field_class(_P.SHAPE)]

@@ -457,7 +457,7 @@ class Policy(_Table, frozen=True, kw_only=True, dict=True):
 Path = tuple[str | int, ...]
 
 
-class _Refused(Exception):  # noqa: N818 — carries a path to parse_policy, which knows the line; never leaves this file
+class _Refused(Exception):  # carries a path to parse_policy, which knows the line
     def __init__(self, path: Path, message: str) -> None:
         self.path = path
         self.message = message

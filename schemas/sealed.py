@@ -15,7 +15,6 @@ A value is one JSON object with sorted keys and no white space. Its clear envelo
     AAD = (version, stream, OWNER, ACCOUNT, G, seal id, S, K, clear envelope), each behind its 4-byte length
 """
 
-import binascii
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from pybase64 import b64decode, b64encode
 
 VERSION = 1
 SEAL_ID_BYTES = 16
@@ -119,17 +119,17 @@ def seal_box(
     """Return the base64 box of one part. `entropy` is 28 fresh bytes: seal id ‖ nonce; never use them twice."""
     bound = aad(head, entropy[:SEAL_ID_BYTES], sid, key_frame, envelope)
     ciphertext = cipher.encrypt(entropy[SEAL_ID_BYTES:], pad(plaintext), bound)
-    return binascii.b2a_base64(entropy + ciphertext, newline=False)
+    return b64encode(entropy + ciphertext)
 
 
 def open_box(cipher: AESGCM, head: bytes, part: Part, envelope: bytes) -> bytes:
     """Return the plaintext of a part. Raises ValueError if one bit of part or envelope is not as it was sealed."""
     try:
-        box = binascii.a2b_base64(part.box, strict_mode=True)
+        box = b64decode(part.box, validate=True)
         seal_id, nonce = box[:SEAL_ID_BYTES], box[SEAL_ID_BYTES : SEAL_ID_BYTES + NONCE_BYTES]
         bound = aad(head, seal_id, part.sid.encode(), framed(part.key.encode()), envelope)
         return unpad(cipher.decrypt(nonce, box[SEAL_ID_BYTES + NONCE_BYTES :], bound))
-    except (InvalidTag, binascii.Error, ValueError) as error:
+    except (InvalidTag, ValueError) as error:
         raise ValueError("sealed part does not open") from error
 
 

@@ -7,45 +7,43 @@ Rules of this file:
 """
 
 import csv
-import io
 import os
 import re
-import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from datetime import UTC, datetime
-from typing import Final, NamedTuple
+from itertools import islice
+from typing import Final, NamedTuple, get_args
 
 import orjson
 
 from processors.keyring import Needs
 from processors.pipeline import seal_change
-from processors.plan import Template
 from processors.retention import instant
 from processors.screen.suppression import MAX_AHEAD_S, Change, Overlay, Rule, parse_key, scope_id
 from processors.seal import ENTROPY_BYTES, Entropy, Sealer
 from schemas.catalog import partition_for
-from schemas.errors import InputInvalid, KeysChanged, LeaseExpired
+from schemas.errors import InputInvalid, KeysUnusable
 from schemas.fields import REASON, Kind, Party, is_account, is_record_id, normalise
+from schemas.inbound import Channel, SuppressionClass
 from schemas.outbound import Message, Output
 from streams.deployment import Deployment
 from streams.keys.reveal import State
 from streams.log.protocol import Stored
 from streams.state.suppressions import STREAM, SuppressionTail
 
-CLASSES: Final = ("all", "marketing", "service")
-CHANNELS: Final = ("sms", "voice")
+CLASSES: Final = get_args(SuppressionClass)
+CHANNELS: Final = get_args(Channel)
 AUTHORITIES: Final = ("person", "officer")
 COLUMNS: Final = ("number", "account", "sender", "campaign", "class", "channel", "authority", "reason", "event_at")
-TOKEN: Final = "token:"  # noqa: S105 — marks a sender in an export; only the sender's token is known there
 CHUNK_LINES: Final = 5000
 _PAGE: Final = 1000
-_TRIES: Final = 5
-_TOKEN = re.compile(r"token:[0-9a-f]{32}")
+_TOKEN = re.compile(r"(token:[0-9a-f]+\.[0-9]+:)([0-9a-f]{32})")
 _INSTANT = re.compile(r"\d{4}-\d\d-\d\d([Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d))?")
 _WRONG: Final = {
+    "line": "the line is not one of CSV with as many cells as the header",
     "number": "the number is nobody's: give an E.164 number, such as one that begins with + and a country code",
     "account": "the account is not one that the policy serves, or is missing beside a sender or campaign",
-    "sender": "give either a sender or a campaign, and one that can be read",
+    "sender": "give either a sender or a campaign; a sender by its token only where it was exported",
     "campaign": "a campaign has 1 to 128 printable ASCII characters, and not the person's number",
     "class": f"the class is one of {', '.join(CLASSES)}",
     "channel": f"the channel is one of {', '.join(CHANNELS)}, or left out for both",
@@ -107,6 +105,8 @@ class OptOuts:
         self._policy = deployment.config.policy
         self._tokens = deployment.pipeline.tokens
         self._tail = SuppressionTail(deployment.log)
+        # how an export names a sender, of whom only the token is known: good for this token key only
+        self._token_prefix = f"token:{deployment.store.store_id[:8]}.{self._tokens.version}:"
 
     async def catch_up(self) -> None:
         """Read the stream to its end. Blocks."""
@@ -192,8 +192,11 @@ class OptOuts:
         scopes = ["platform", scope_id("account", entry.account, "", None, self._tokens)]
         if entry.sender and entry.campaign:
             raise EntryInvalid("sender")
-        if _TOKEN.fullmatch(entry.sender):
-            scopes.append(f"sender:{entry.account}:{entry.sender.removeprefix(TOKEN)}")
+        token = _TOKEN.fullmatch(entry.sender)
+        if token is not None:
+            if token[1] != self._token_prefix:
+                raise EntryInvalid("sender")
+            scopes.append(f"sender:{entry.account}:{token[2]}")
         elif entry.sender:
             account = self._policy.account(entry.account)
             sender = normalise(entry.sender, account.default_region if account else None)
@@ -224,30 +227,139 @@ class OptOuts:
         return len(overlay.changes)
 
     async def _append(self, changes: Sequence[Change], now_s: int) -> None:
-        """Seal and append, under a key lease; made anew if keys were destroyed meanwhile. Raises KeysChanged."""
+        """Seal and append, under a key lease of its own."""
         deployment = self._deployment
-        keys, lease = deployment.keys()
+        template = deployment.planner.output(STREAM, "", now_s)
+        if template.ref is None:
+            raise ValueError("opt-outs are sealed")
+        keys, _ = deployment.keys()
         try:
-            for left in reversed(range(_TRIES)):
-                seal = self._seals(changes, now_s, keys.fetch)
-                outputs: dict[int, list[Message]] = {}
-                for change in changes:
-                    partition = partition_for(change.token, deployment.log.partitions)
-                    outputs.setdefault(partition, []).append(seal_change(deployment.pipeline, seal, change, now_s))
-                try:
-                    lease.renew()
-                    keys.guard()()
-                except (KeysChanged, LeaseExpired):
-                    if not left:
-                        raise
-                    continue
-                await deployment.log.append([Output(STREAM, *output) for output in outputs.items()])
-                return
+            ring = keys.fetch(Needs({template.ref: (template.deadline_s, len(changes))}, {}), now_s)
+            epoch = ring.epochs.get(template.ref)
+            if epoch is None:
+                raise KeysUnusable("the key of opt-outs was destroyed; none can be written")
+            entropy = Entropy(os.urandom(ENTROPY_BYTES))
+            outputs: dict[int, list[Message]] = {}
+            for change in changes:
+                message = seal_change(
+                    deployment.pipeline,
+                    lambda one: Sealer(ring, entropy, one.stream, one.account, epoch),
+                    change,
+                    now_s,
+                )
+                partition = partition_for(change.token, deployment.log.partitions)
+                outputs.setdefault(partition, []).append(message)
+            keys.guard()()
+            await deployment.log.append([Output(STREAM, *output) for output in outputs.items()])
         finally:
             keys.close()
 
-    def _seals(self, changes: Sequence[Change], now_s: int, fetch: Callable[..., object]) -> Callable[..., Sealer]:
-        raise NotImplementedError
+    # --- whole files ------------------------------------------------------------------------------------------
+
+    async def load(
+        self, lines: Iterable[bytes], now_s: int, advance: Callable[[int], None], bad: Callable[[int, str], None]
+    ) -> Loaded:
+        """Write the opt-outs of a CSV file with a header, and return what came of it. Blocks.
+
+        `bad` is told of each line (number from 1, column or reason code) that is not understood; all others are
+        written. `advance` is told of bytes read. Raises InputInvalid if the header is none.
+        """
+        source = iter(lines)
+        columns = _columns(next(source, b""))
+        number, written, wrong, read_bytes = 1, 0, 0, 0
+        while chunk := list(islice(source, CHUNK_LINES)):
+            changes: list[Change] = []
+            for line in chunk:
+                number += 1
+                read_bytes += len(line)
+                try:
+                    entry = _entry(columns, line)
+                    changes += () if entry is None else self.changes(entry, now_s)
+                except EntryInvalid as error:
+                    wrong += 1
+                    bad(number, error.column)
+            written += await self._apply(changes, now_s)
+            advance(read_bytes)
+            read_bytes = 0
+        return Loaded(number - 1, written, wrong)
+
+    async def rows(self, reason: str) -> AsyncIterator[list[list[str]]]:
+        """Yield all opt-outs that stand as CSV rows of `COLUMNS`, page by page, opened and logged to `audit`.
+
+        Read to the end first. Raises RevealDenied, and KeysUnusable if an opt-out does not open: an export that
+        lacks one would lose it.
+        """
+        await self.catch_up()
+        revealer = self._deployment.revealer()
+        standing = await self._records()
+        for at in range(0, len(standing), _PAGE):
+            page = standing[at : at + _PAGE]
+            opened = await revealer.reveal([stored for stored, _, _ in page], reason)
+            rows = []
+            for (stored, rule, event_s), result in zip(page, opened, strict=True):
+                if result.state is not State.REVEALED:
+                    raise KeysUnusable(
+                        f"an opt-out does not open ({result.state.value}); nothing was exported",
+                        stream=STREAM, partition=stored.partition, offset=stored.offset,
+                    )  # fmt: skip
+                why = orjson.loads(stored.value).get("reason") or ""
+                cells = self._scope_cells(rule.scope)
+                rows.append([result.fields["number"], *cells, *rule[1:], why, instant(event_s)])
+            yield rows
+
+    async def _records(self) -> list[tuple[Stored, Rule, int]]:
+        """Return the latest record of each opt-out that stands, with its rule and event time (Unix s)."""
+        log, latest = self._deployment.log, dict[bytes, Stored]()
+        ends = await log.end_offsets(STREAM)
+        for partition, offset in enumerate(await log.begin_offsets(STREAM)):
+            at = offset
+            while at < ends[partition] and (page := await log.read(STREAM, partition, at, CHUNK_LINES)):
+                latest.update((stored.key or b"", stored) for stored in page)
+                at = page[-1].offset + 1
+        found = []
+        for key, stored in latest.items():
+            _, token, rule, out = parse_key(key)
+            state = (self._tail.view.get(token) or {}).get(rule)
+            if out and state is not None and state.out:
+                found.append((stored, rule, state.event_s))
+        return found
+
+    def _scope_cells(self, scope: str) -> tuple[str, str, str]:
+        """Return the cells account, sender and campaign of a scope."""
+        kind, _, rest = scope.partition(":")
+        account, _, name = rest.partition(":")
+        return account, self._token_prefix + name if kind == "sender" else "", name if kind == "campaign" else ""
+
+
+def _columns(header: bytes) -> list[str]:
+    try:
+        columns = [cell.strip().lower() for cell in _cells(header.removeprefix(b"\xef\xbb\xbf"))]
+    except EntryInvalid:
+        columns = []
+    if "number" not in columns or not set(columns) <= set(COLUMNS) or len(set(columns)) < len(columns):
+        raise InputInvalid(f"the first line must name the columns: number, and any of {', '.join(COLUMNS[1:])}")
+    return columns
+
+
+def _entry(columns: Sequence[str], line: bytes) -> Entry | None:
+    """Return the entry of a line; None for a blank one. Raises EntryInvalid."""
+    if not line.strip():
+        return None
+    cells = _cells(line)
+    if len(cells) != len(columns):
+        raise EntryInvalid("line")
+    given = {column: cell.strip() for column, cell in zip(columns, cells, strict=True) if cell.strip()}
+    if "class" in given:
+        given["class_"] = given.pop("class")
+    return Entry(given.pop("number", ""), **given)
+
+
+def _cells(line: bytes) -> list[str]:
+    """Return the cells of one line. No cell spans lines, so that a stray quote cannot swallow the rest of a file."""
+    try:
+        return next(csv.reader((line.decode().rstrip("\r\n"),), strict=True), [])
+    except (UnicodeDecodeError, csv.Error):
+        raise EntryInvalid("line") from None
 
 
 def _shown(scope: str) -> str:

@@ -171,7 +171,10 @@ class Source(NamedTuple):
 
     @contextmanager
     def opened(self) -> Iterator[tuple[int, bool]]:
-        """Open it and give its descriptor, and whether it can be resumed; one process at a time. Raises InputInvalid."""
+        """Open it, for one process at a time, and give its descriptor and whether it is a file on disk.
+
+        Raises InputInvalid.
+        """
         if self.name == STDIN:
             yield sys.stdin.fileno(), False
             return

@@ -55,7 +55,7 @@ class Asked(NamedTuple):
 
     rule: str
     clause: str
-    outcome: str  # pass, refuse, lifted, not applicable
+    outcome: str  # pass, refuse, not applicable, not loaded
 
 
 class Verdict(msgspec.Struct, frozen=True, gc=False):
@@ -74,6 +74,7 @@ class Verdict(msgspec.Struct, frozen=True, gc=False):
 
 
 Trace = list[Asked] | None
+PASS, NOT_APPLICABLE = "pass", "not applicable"
 
 REASONS = (
     "request_expired",
@@ -111,18 +112,22 @@ def verdict(
     if account.countries is not None:
         if not _country_allowed(subject, frozenset(account.countries)):
             return _refuse("country_not_allowed", "CAL-11", trace)
-        _note(trace, "country_allow_list", "CAL-11")
+        if trace is not None:
+            trace.append(Asked("country_allow_list", "CAL-11", PASS))
     if marketing and subject.child:
         return _refuse("child", "REG-5", trace)
-    _note(trace, "child", "REG-5", "pass" if marketing else "not applicable")
+    if trace is not None:
+        trace.append(Asked("child", "REG-5", PASS if marketing else NOT_APPLICABLE))
     if marketing and subject.token is not None and subject.party.kind is Kind.UNKNOWN:
         return _refuse("recipient_not_normalised", "CAL-3", trace)
     found = suppressed(subject, view, policy)
     if found is not None:
         return _refuse(found, "KAL-5", trace, codes=GATEWAY_CODES)
-    _note(trace, "suppression", "KAL-5")
+    if trace is not None:
+        trace.append(Asked("suppression", "KAL-5", PASS))
     if not marketing:
-        _note(trace, "registry", "CAL-3", "not applicable")
+        if trace is not None:
+            trace.append(Asked("registry", "CAL-3", NOT_APPLICABLE))
         return Verdict(None, not_after_s=now_s + policy.not_after_s(subject.purpose))
     for rule in policy.registries(subject.channel):
         number = subject.party.value
@@ -152,7 +157,7 @@ def verdict(
     return Verdict(None, not_after_s=not_after_s)
 
 
-def _note(trace: Trace, rule: str, clause: str, outcome: str = "pass") -> None:
+def _note(trace: Trace, rule: str, clause: str, outcome: str = PASS) -> None:
     if trace is not None:
         trace.append(Asked(rule, clause, outcome))
 

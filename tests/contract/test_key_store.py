@@ -338,13 +338,15 @@ class writer:  # noqa: N801 — reads as a statement of the test
 
 SWAP_SECRETS = """UPDATE persons SET wrapped = (SELECT wrapped FROM persons AS p WHERE p.rowid = 3 - persons.rowid)"""
 MOVE_PERSON = "UPDATE persons SET token = x'00' WHERE rowid = 1"
+MOVE_OWNER = "UPDATE persons SET owner = 'acme' WHERE rowid = 1"
+MOVE_MONTH = "UPDATE persons SET month = '2027-02' WHERE rowid = 1"
 MOVE_DEADLINE = "UPDATE epoch_keys SET deadline_s = deadline_s + 1"
 SWAP_EPOCHS = (
     "UPDATE epoch_keys SET wrapped = (SELECT wrapped FROM epoch_keys AS e WHERE e.rowid = 3 - epoch_keys.rowid)"
 )
 
 
-@pytest.mark.parametrize("alteration", [SWAP_SECRETS, MOVE_PERSON], ids=["swapped", "moved"])
+@pytest.mark.parametrize("alteration", [SWAP_SECRETS, MOVE_PERSON, MOVE_OWNER, MOVE_MONTH])
 def test_secrets_swapped_between_persons_or_moved_do_not_unwrap(deployment, alteration):
     store = deployment.open()
     found = store.fetch(persons([person(1), person(2)]), NOW).persons
@@ -387,6 +389,22 @@ def test_no_file_holds_a_destroyed_secret_wrapped_or_not_nor_its_mapping(deploym
     assert not [1 for token, blob in now if token not in erased and blob not in on_disk]
     assert not [1 for ref, secret in secrets.items() if secret in on_disk]
     assert not [1 for (token,) in rows(deployment, "SELECT token FROM persons") if token in erased]
+
+
+def test_rows_with_secrets_never_move_shrink_or_go_so_that_no_page_keeps_a_stale_copy(deployment):
+    store = deployment.open()
+    shape = """
+        SELECT 'person', rowid, length(owner || month || day), length(token), length(sid), length(wrapped) FROM persons
+        UNION ALL
+        SELECT 'epoch', rowid, length(domain || owner || epoch || day), length(seals), version, length(wrapped)
+        FROM epoch_keys"""
+    store.fetch(Needs({PII: (LATER, 10)}, persons([person(1), person(2)]).persons), NOW)
+    before = rows(deployment, shape)
+    store.fetch(persons([person(1)], None), NOW)
+    store.fetch(epoch(PII, LATER, 10 * SEAL_BLOCK), NOW)  # more digits
+    store.destroy_person(PLATFORM, person(1).token)
+    store.destroy_epoch(PII)
+    assert rows(deployment, shape) == before
 
 
 def test_no_file_holds_a_destroyed_epoch_key_wrapped_or_not(deployment):

@@ -485,7 +485,7 @@ async def test_a_consumer_that_polls_keeps_its_partitions_for_longer_than_a_leas
     for _ in range(10):
         log_factory.heartbeats_due()
         batch = await polled(log_factory, steady)
-        assert await hopeful.poll(1000, log_factory.poll_s) is None
+    assert await hopeful.poll(1000, log_factory.poll_s) is None
 
     await steady.commit(batch, echo(batch), nothing)
     assert await values(log, "verdicts") == [b"a"]

@@ -1,0 +1,45 @@
+"""`python -m benchmarks [--smoke] [CASE…]`: runs the cases one after the other and writes results/NAME.json."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.common import SMOKE, machine
+
+CASES = ("stages", "pipeline", "log", "reveal", "memory")
+HERE = Path(__file__).parent
+
+
+def main() -> int:
+    chosen = [name for name in sys.argv[1:] if not name.startswith("-")] or list(CASES)
+    unknown = sorted(set(chosen) - set(CASES))
+    if unknown:
+        print(f"no such case; cases are {', '.join(CASES)}", file=sys.stderr)
+        return 2
+    where = machine()
+    print(json.dumps(where))
+    results = []
+    for name in chosen:
+        command = [sys.executable, "-m", f"benchmarks.bench_{name}"] + (["--smoke"] if SMOKE else [])
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            print(done.stderr, file=sys.stderr)
+            return 1
+        for line in done.stdout.splitlines():
+            row = {"bench": name, **json.loads(line)}
+            results.append(row)
+            print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+    if SMOKE:
+        print("smoke run: these figures are no measurement")
+        return 0
+    folder = HERE / "results"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{time.strftime('%Y%m%d-%H%M%S')}.json"
+    path.write_text(json.dumps({"machine": where, "results": results}, indent=1) + "\n")
+    print(f"written: {path}")
+    return 0
+
+
+sys.exit(main())

@@ -1,0 +1,53 @@
+"""`open_batch`, the egress gateway's call, 1,000 requests a call, on the SQLite log and key store."""
+
+import asyncio
+import tempfile
+import time
+from pathlib import Path
+
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from benchmarks import bench_log
+from benchmarks.common import SMOKE, best_us, report
+from streams.deployment import Deployment
+from streams.keys.reveal import State
+from streams.worker.supervisor import run_one
+
+
+async def opened(config) -> dict[str, object]:
+    async with Deployment.open(config) as deployment:
+        revealer = deployment.revealer()
+        pages = []
+        for partition in range(deployment.log.partitions):
+            at = 0
+            while page := await deployment.log.read("cleared", partition, at, 1000):
+                at = page[-1].offset + 1
+                pages.append(page)
+        best, total, begin = 1e9, 0, time.perf_counter()
+        for page in pages:
+            start = time.perf_counter()
+            results = await revealer.open_batch(page)
+            if any(result.state is not State.REVEALED for result in results):
+                raise SystemExit("not every request opened")
+            best = min(best, (time.perf_counter() - start) / len(page))
+            total += len(page)
+        wall = time.perf_counter() - begin
+    cipher, nonce = AESGCM(bytes(32)), bytes(12)
+    sealed = cipher.encrypt(nonce, bytes(430), None)
+    base, _ = best_us(lambda: [cipher.decrypt(nonce, sealed, None) for _ in range(1000)], 1000, seconds=1)
+    return {
+        "case": "open_batch", "records": total, "records_per_s": round(total / wall), "us": round(wall / total * 1e6, 2),
+        "best_us": round(best * 1e6, 2), "baseline": "AES-256-GCM decrypt alone", "baseline_us": base,
+    }  # fmt: skip
+
+
+def main() -> None:
+    bench_log.RECORDS = 4000 if SMOKE else 40_000
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+        config = bench_log.config_in(folder, "reveal")
+        asyncio.run(bench_log.publish(config, "sms request"))
+        asyncio.run(run_one(config, until_idle=True))
+        report([asyncio.run(opened(config))])
+
+
+main()
