@@ -9,7 +9,7 @@ from typing import NamedTuple
 import msgspec
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from schemas.sealed import KeyId, record_key
+from schemas.sealed import KeyId
 
 PLATFORM = "platform"
 """The owner of what the platform controls; no account may have this name."""
@@ -56,16 +56,17 @@ class PersonSecret(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """What a batch needs. Values: deadline in Unix seconds (None: none), and for epochs the number of seals."""
+    """What a batch needs. Values: deadline in Unix seconds (epochs: None for none), and the number of seals."""
 
     epochs: dict[EpochRef, tuple[int | None, int]]
-    persons: dict[PersonRef, int | None]
+    persons: dict[PersonRef, int]
 
 
 class KeyRing:
     """Keys and secrets in memory, with the record ciphers derived from them.
 
-    `epochs` lacks an epoch that is dead: nothing is sealed under it any more. Bounded by its owner (the cache).
+    `epochs` lacks an epoch that is dead: nothing is sealed under it any more. `ciphers` are kept by
+    ("KEY ID|ACCOUNT", sid). Bounded by its owner (the cache).
     """
 
     __slots__ = ("ciphers", "epochs", "persons")
@@ -77,11 +78,3 @@ class KeyRing:
 
     def __repr__(self) -> str:
         return f"KeyRing({len(self.epochs)} epochs, {len(self.persons)} persons)"
-
-    def cipher(self, epoch: EpochKey, name: str, sid: str, secret: bytes, account: str) -> AESGCM:
-        """Derive the record cipher of an epoch key and a person secret (or salt) for an account, and keep it.
-
-        It is kept as (`name`, sid), where `name` is the epoch key's id, `|` and the account.
-        """
-        made = self.ciphers[name, sid] = record_key(epoch.key, secret, epoch.id, account)
-        return made

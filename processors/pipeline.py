@@ -10,12 +10,12 @@ A batch that waited or was aborted is prepared anew. Every input offset ends in 
 
 from collections.abc import Callable, Sequence
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 import orjson
 
-from processors.decode import decode, parties, timestamp
+from processors.decode import check_clear, decode_shape, parties, timestamp
 from processors.keyring import KeyRing, Needs, PersonRef
 from processors.plan import Plan, Planner, Template
 from processors.retention import instant
@@ -24,7 +24,7 @@ from processors.screen.quiet_hours import QuietHours
 from processors.screen.suppression import Change, Overlay, Rule, Tokens, View, record_key, scope_id
 from processors.screen.verdict import REASONS, RegistryView, Subject, Verdict, verdict
 from processors.seal import Entropy, Seal, Sealer
-from processors.split import Layout, billable_units, layouts
+from processors.split import Clear, Layout, billable_units, layouts
 from schemas.catalog import partition_for
 from schemas.errors import Poison
 from schemas.fields import Party, PrivacyClass, classes_of
@@ -78,6 +78,7 @@ class _Cdr(_Decided, frozen=True, gc=False):
 
     record: Cdr
     plan: Plan
+    clear: Clear
     personal: bool  # the sealed record is still to be kept
     primary: PersonRef | None
     other: PersonRef | None
@@ -99,7 +100,7 @@ class _Review(_Decided, frozen=True, gc=False):
     """A near miss for review: its fields as JSON, and whose secret seals them."""
 
     plan: Plan
-    person: PersonRef
+    person: PersonRef | None
     fields: bytes
 
 
@@ -161,7 +162,7 @@ class _Preparation:
         self.quiet = None if hours is None else QuietHours(hours.start_time, hours.end_time, now_s)
         self.seals: dict[Template, int] = {}
         self.cleared: dict[str, Template] = {}
-        self.persons: dict[PersonRef, int | None] = {}
+        self.persons: dict[PersonRef, int] = {}
         self.prepared = Prepared(inbox, now_s, [], Needs({}, self.persons), Overlay(view), [], [], [], [])
         self.handlers: dict[type, Callable[..., Outcome]] = {
             Request: self._request,
@@ -178,7 +179,7 @@ class _Preparation:
         for index, value in enumerate(inbox.values):
             record = None
             try:
-                record = decode(value)
+                record = decode_shape(value)
                 ts = timestamp(record, now_s)
                 plan = plan_of(record.account_id, ts)
                 if plan is None:
@@ -190,7 +191,7 @@ class _Preparation:
             except Exception:  # a bug of ours meets one record: it is kept, sealed, and the rest goes on
                 self._quarantine(index, record, "internal_error")
         for change in self.prepared.overlay.changes:
-            self._need(self.planner.output("suppressions", _account_of(change.rule), now_s))
+            self._need(self.planner.output("suppressions", _account_of(change.rule), now_s), 1)
         epochs = self.prepared.needs.epochs
         for template, count in self.seals.items():
             if template.ref is not None:
@@ -198,7 +199,7 @@ class _Preparation:
         return self.prepared
 
     def _quarantine(self, index: int, record: Inbound | None, reason: str) -> None:
-        self._need(self.planner.output("quarantine", UNKNOWN_ACCOUNT, self.now_s))
+        self._need(self.planner.output("quarantine", UNKNOWN_ACCOUNT, self.now_s), 1)
         self.prepared.quarantined.append((index, reason))
         kind = "unreadable" if record is None else str(record.__struct_config__.tag)
         self.prepared.outcomes.append(Outcome(kind, End.QUARANTINE, reason))
@@ -208,28 +209,27 @@ class _Preparation:
         moment = plan.moment
         if moment.anonymous_expires_s <= now_s:
             return _EXPIRED
+        layout = self.pipeline.cdr
+        clear = layout.clear(record)
         text = record.content
-        content = self.pipeline.cdr.take(record, moment.hour_epoch + _SECONDS[ts % 3600])
+        content = layout.take(record, moment.hour_epoch + _SECONDS[ts % 3600])
         ours = self._token_of(plan, primary)
         theirs = self._token_of(plan, other)
         primary_ref = other_ref = content_ref = None
         personal = moment.pii_expires_s > now_s
         if personal:
             self._need(plan.pii, 1 if theirs is None else 2)
-            if ours is not None:
-                primary_ref = self._person(plan.pii, ours, plan)
-            if theirs is not None:
-                other_ref = self._person(plan.pii, theirs, plan)
+            primary_ref = self._person(plan.pii, ours, plan)
+            other_ref = self._person(plan.pii, theirs, plan)
         if content is not None:
             if plan.content is None or plan.content_expires_s <= now_s:
                 content = None
             else:
-                self._need(plan.content)
-                if ours is not None:
-                    content_ref = self._person(plan.content, ours, plan)
-        self.prepared.cdrs.append(_Cdr(record, plan, personal, primary_ref, other_ref, content, content_ref))
+                self._need(plan.content, 1)
+                content_ref = self._person(plan.content, ours, plan)
         if text is not None and ours is not None and record.direction == "mo":
             self._keyword(text, record, plan, ts, primary, other, ours)
+        self.prepared.cdrs.append(_Cdr(record, plan, clear, personal, primary_ref, other_ref, content, content_ref))
         return _EMIT_CDR if personal else _EMIT_ANONYMOUS_ONLY
 
     def _keyword(self, text: str, record: Cdr, plan: Plan, ts: int, primary: Party, other: Party, token: bytes) -> None:
@@ -239,7 +239,7 @@ class _Preparation:
             return
         if match is Match.NEAR:
             if plan.review_expires_s > self.now_s:
-                self._need(plan.review)
+                self._need(plan.review, 1)
                 fields = {"record_id": record.record_id, "occurred_at": record.occurred_at,
                           "sender": record.sender, "recipient": record.recipient}  # fmt: skip
                 if plan.content is not None:
@@ -257,11 +257,13 @@ class _Preparation:
         token = self._token_of(plan, primary)
         if token is None:
             raise Poison("bad_value:sender")
+        check_clear(record)
         rule = Rule(self._scope(record.scope, record, other), record.class_, record.channel, "person")
         change = Change(token, rule, record.action == "opt_out", ts, primary.value, "preference")
         return _EMIT_PREFERENCE if self.prepared.overlay.apply(change, self.now_s) else _LIFTS_NOTHING
 
     def _request(self, record: Request, plan: Plan, ts: int, primary: Party, other: Party) -> Outcome:
+        check_clear(record)
         now_s = self.now_s
         account_id = record.account_id
         token = self._token_of(plan, primary)
@@ -288,8 +290,8 @@ class _Preparation:
             template = self.cleared[account_id] = self.planner.output("cleared", account_id, now_s)
         theirs = self._token_of(plan, other)
         self._need(template, 1 if theirs is None else 2)
-        primary_ref = None if token is None else self._person(template, token, plan)
-        other_ref = None if theirs is None else self._person(template, theirs, plan)
+        primary_ref = self._person(template, token, plan)
+        other_ref = self._person(template, theirs, plan)
         self.prepared.requests.append(_Request(record, decided, template, primary_ref, other_ref))
         return _EMIT_REQUEST
 
@@ -308,13 +310,18 @@ class _Preparation:
             return None
         return self.pipeline.tokens.of(party.value)
 
-    def _need(self, template: Template, seals: int = 1) -> None:
+    def _need(self, template: Template, seals: int) -> None:
         self.seals[template] = self.seals.get(template, 0) + seals
 
-    def _person(self, template: Template, token: bytes, plan: Plan) -> PersonRef:
+    def _person(self, template: Template, token: bytes | None, plan: Plan) -> PersonRef | None:
+        """Note that a person's secret of the month is needed, until its owner's last data of that month is dead."""
+        if token is None:
+            return None
         owner = template.owner
         ref = PersonRef(owner, token, plan.month)
-        self.persons[ref] = plan.person_deadlines_s.get(owner, plan.account_deadline_s)
+        deadline_s = plan.person_deadlines_s.get(owner, plan.account_deadline_s)
+        if self.persons.setdefault(ref, deadline_s) < deadline_s:
+            self.persons[ref] = deadline_s
         return ref
 
 
@@ -388,27 +395,26 @@ class _Completion:
 
     def _seal(self, template: Template, tail: bytes, group: str) -> Seal | None:
         """Return the function that seals a template's one-part values, or None if its epoch is dead."""
-        try:
-            return self.seals[template]
-        except KeyError:
+        if template not in self.seals:
             sealer = self._sealer(template)
-            made = self.seals[template] = None if sealer is None else sealer.one_part(tail, group)
-            return made
+            self.seals[template] = None if sealer is None else sealer.one_part(tail, group)
+        return self.seals[template]
 
     def _cdrs(self) -> tuple[list[Message], list[Message], list[Message]]:
         pii: list[Message] = []
         content: list[Message] = []
         anonymous: list[Message] = []
         layout = self.pipeline.cdr
-        anonymous_key, whole = layout.anonymous_key, layout.whole
+        whole = layout.whole
         persons = self.ring.persons
-        rendered: dict[tuple[Template, str, int | None, tuple[Any, ...]], Message] = {}
+        rendered: dict[tuple[str, Clear, int | None], Message] = {}
+        seals = self.seals
         for item in self.prepared.cdrs:
             record, plan = item.record, item.plan
             if item.personal:
                 template = plan.pii
                 head, tail = plan.pii_envelope
-                seal = self._seal(template, tail, "primary")
+                seal = seals[template] if template in seals else self._seal(template, tail, "primary")
                 if seal is not None:
                     if item.other is None:
                         value = seal(head, None if item.primary is None else persons[item.primary], whole(record))
@@ -418,17 +424,16 @@ class _Completion:
             if item.content is not None and plan.content is not None:
                 template = plan.content
                 head, tail = plan.content_envelope
-                seal = self._seal(template, tail, "content")
+                seal = seals[template] if template in seals else self._seal(template, tail, "content")
                 if seal is not None:
                     person = None if item.content_person is None else persons[item.content_person]
                     value = seal(head, person, item.content)
                     content.append(Message(plan.moment.day_ms, None, template.headers, value))
             units = billable_units(record, plan.increment_s) if record.channel == "voice" else None
-            fields = anonymous_key(record)
-            key = (plan.anonymous, plan.moment.coarse, units, fields)
+            key = (plan.period, item.clear, units)
             message = rendered.get(key)
             if message is None:
-                value = layout.anonymous(fields, units, plan.moment.coarse, plan.anonymous.privacy)
+                value = layout.anonymous(item.clear, units, plan.moment.coarse, plan.anonymous.privacy)
                 message = Message(plan.moment.coarse_ms, None, plan.anonymous.headers, value)
                 rendered[key] = message
             anonymous.append(message)
@@ -495,7 +500,7 @@ class _Completion:
         for item in self.prepared.reviews:
             sealer = self._sealer(item.plan.review)
             if sealer is not None:
-                person = self.ring.persons[item.person]
+                person = None if item.person is None else self.ring.persons[item.person]
                 value = sealer.several(*item.plan.review_envelope, (("review", person, item.fields),))
                 messages.append(Message(item.plan.moment.day_ms, None, item.plan.review.headers, value))
         return messages

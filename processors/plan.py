@@ -49,7 +49,7 @@ class Plan:
 
     __slots__ = (
         "account", "account_deadline_s", "anonymous", "content", "content_envelope", "content_expires_s",
-        "increment_s", "moment", "month", "own", "person_deadlines_s", "pii", "pii_envelope", "review",
+        "increment_s", "moment", "month", "own", "period", "person_deadlines_s", "pii", "pii_envelope", "review",
         "review_envelope", "review_expires_s",
     )  # fmt: skip
 
@@ -57,6 +57,7 @@ class Plan:
     own: frozenset[str]
     moment: Moment
     month: str
+    period: str  # account and coarse instant: with equal clear values, equal anonymous records
     content_expires_s: int
     review_expires_s: int
     pii: Template
@@ -129,6 +130,7 @@ class Planner:
         plan.own = account.own
         plan.moment = moment
         plan.month = moment.month_epoch
+        plan.period = f"{moment.coarse}|{account_id}"
         plan.increment_s = self.policy.increment_s(account)
         traffic = tags(self.policy, account_id, "traffic", _day(ts))
         content = tags(self.policy, account_id, "content", _day(ts))

@@ -24,7 +24,9 @@ from schemas.sealed import (
     SEAL_ID_BYTES,
     aad_head,
     framed,
+    key_info,
     part_head,
+    record_key,
     seal_box,
 )
 
@@ -79,7 +81,7 @@ Seal = Callable[[bytes, PersonSecret | None, bytes], bytes]
 class Sealer:
     """Seals values of one stream, account and epoch key: everything constant is rendered once."""
 
-    __slots__ = ("_account", "_entropy", "_epoch", "_key_frame", "_name", "_ring", "_salt", "_stream")
+    __slots__ = ("_account", "_entropy", "_epoch", "_info", "_key_frame", "_name", "_ring", "_salt", "_stream")
 
     def __init__(self, ring: KeyRing, entropy: Entropy, stream: str, account: str, epoch: EpochKey) -> None:
         self._ring = ring
@@ -88,6 +90,7 @@ class Sealer:
         self._stream = stream
         self._account = account
         self._name = f"{epoch.id}|{account}"
+        self._info = key_info(epoch.id, account)
         self._key_frame = framed(str(epoch.id).encode())
         self._salt = "salt:" + entropy.salt.hex()
 
@@ -141,12 +144,14 @@ class Sealer:
             prepared.append((cipher, sid, group, part_head(group, key) + sid + b'"}', plaintext))
         envelope = head + b",".join([clear for _, _, _, clear, _ in prepared]) + tail
         sealed = []
+        seal_id, nonce = next(self._entropy.draws)  # one seal id a value, so that no part fits into another value
         for cipher, sid, group, clear, plaintext in prepared:
             aad = aad_head(self._stream, self._epoch.id.owner, self._account, group)
-            seal_id, nonce = next(self._entropy.draws)
             box = seal_box(cipher, aad, sid, self._key_frame, envelope, plaintext, seal_id + nonce)
             sealed.append(b'{"box":"' + box + b'",' + clear[1:])
+            nonce = next(self._entropy.draws)[1]
         return head + b",".join(sealed) + tail
 
     def _derive(self, sid: str, secret: bytes) -> AESGCM:
-        return self._ring.cipher(self._epoch, self._name, sid, secret, self._account)
+        cipher = self._ring.ciphers[self._name, sid] = record_key(self._epoch.key, secret, self._info)
+        return cipher

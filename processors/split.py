@@ -12,6 +12,8 @@ from typing import Any
 import msgspec
 from msgspec.structs import force_setattr
 
+from processors.decode import check_clear
+from schemas.errors import Poison
 from schemas.fields import PrivacyClass as P
 from schemas.fields import canonical_amount
 from schemas.inbound import Cdr, Communication, Request
@@ -25,15 +27,42 @@ ANONYMOUS = frozenset({P.ACCOUNT, P.BILLING, P.PRICE})
 _encode = msgspec.json.Encoder().encode
 
 
+class Clear:
+    """The values of a record that may stand in the anonymous record; one object for equal values seen lately."""
+
+    __slots__ = ("values",)
+
+    def __init__(self, values: tuple[Any, ...]) -> None:
+        self.values = values
+
+
+MAX_CLEAR = 16_384
+
+
 class Layout:
     """The compiled split of one record type under one class table."""
 
-    __slots__ = ("_content_names", "_struct", "anonymous", "anonymous_key", "other", "whole")
+    __slots__ = (
+        "_clear",
+        "_clear_values",
+        "_content_names",
+        "_content_values",
+        "_nothing",
+        "anonymous",
+        "other",
+        "whole",
+    )
 
     def __init__(self, struct: type[Communication], classes: Mapping[str, P], *, with_content: bool) -> None:
         names = [name for name in struct.__struct_fields__ if name != "v"]
         self._content_names = [name for name in names if classes[name] is P.CONTENT and not with_content]
         sealed = [name for name in names if name not in self._content_names]
+        self._content_values = _getter(self._content_names)
+        optional = [(name, Any, None) for name in self._content_names]
+        self._content = msgspec.defstruct(
+            "Content", [("record_id", str), *optional], omit_defaults=True, frozen=True, gc=False
+        )
+        self._nothing = (None,) * len(self._content_names)
         kind = str(struct.__struct_config__.tag)
         self.whole: Render = _encode
         self.other: dict[str, tuple[Render, Render]] = {}
@@ -43,7 +72,8 @@ class Layout:
             self.other[direction] = (_renderer("primary", rest, kind), _renderer("other", own, kind))
         clear = [name for name in names if classes[name] in ANONYMOUS and name != "price"]
         priced = classes["price"] in ANONYMOUS
-        self.anonymous_key: Callable[[Any], tuple[Any, ...]] = _getter([*clear, *(["price"] if priced else [])])
+        self._clear: dict[tuple[Any, ...], Clear] = {}
+        self._clear_values = _getter([*clear, *(["price"] if priced else [])])
         self.anonymous = _anonymous(clear, priced=priced)
 
     def take(self, record: Communication, at: str) -> bytes | None:
@@ -54,16 +84,29 @@ class Layout:
         force_setattr(record, "occurred_at", at)
         if record.answered_at is not None:
             force_setattr(record, "answered_at", _utc(record.answered_at))
-        content = {}
-        for name in self._content_names:
-            value = getattr(record, name)
+        values = self._content_values(record)
+        if values == self._nothing:
+            return None
+        said = False
+        for name, value in zip(self._content_names, values, strict=True):
             if value is not None:
                 force_setattr(record, name, None)
-                if value:
-                    content[name] = value
-        if not content:
-            return None
-        return _encode({"record_id": record.record_id, **content})
+                said = said or value != ""
+        return _encode(self._content(record.record_id, *values)) if said else None
+
+    def clear(self, record: Cdr) -> Clear:
+        """Return what of a record may stand in the anonymous record. Raises Poison if a value is not as it must be."""
+        try:
+            values = self._clear_values(record)
+            return self._clear[values]
+        except KeyError:
+            check_clear(record)
+        except TypeError:  # a value without a hash: a signaling NaN
+            raise Poison("bad_value:price") from None
+        if len(self._clear) >= MAX_CLEAR:
+            self._clear.clear()
+        made = self._clear[values] = Clear(values)
+        return made
 
 
 def _getter(names: list[str]) -> Callable[[Any], tuple[Any, ...]]:
@@ -88,8 +131,8 @@ def _utc(instant: datetime) -> str:
     return instant.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _anonymous(names: list[str], *, priced: bool) -> Callable[[tuple[Any, ...], int | None, str, bytes], bytes]:
-    """Return the renderer of the anonymous record: (`anonymous_key`, billable units, coarse instant, privacy JSON)."""
+def _anonymous(names: list[str], *, priced: bool) -> Callable[[Clear, int | None, str, bytes], bytes]:
+    """Return the renderer of the anonymous record: (clear values, billable units, coarse instant, privacy JSON)."""
     struct = msgspec.defstruct(
         "Anonymous",
         [
@@ -104,14 +147,13 @@ def _anonymous(names: list[str], *, priced: bool) -> Callable[[tuple[Any, ...], 
         gc=False,
     )
 
-    def render(key: tuple[Any, ...], units: int | None, coarse: str, privacy: bytes) -> bytes:
+    def render(clear: Clear, units: int | None, coarse: str, privacy: bytes) -> bytes:
         price = None
+        values = list(clear.values)
         if priced:
-            *values, paid = key
+            paid = values.pop()
             if paid is not None:
                 price = {"amount": canonical_amount(paid.amount), "currency": paid.currency}
-        else:
-            values = list(key)
         return _encode(struct(*values, price, units, coarse, msgspec.Raw(privacy)))
 
     return render

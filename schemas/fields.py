@@ -230,6 +230,10 @@ def _readings(compact: str, region: str | None) -> Iterable[tuple[str, str | Non
 # --- money ---------------------------------------------------------------------------------------------------
 
 
+MAX_AMOUNT_DIGITS = 28
+"""An amount written with more digits is refused: it would not be exact, and digits could carry anything."""
+
+
 @lru_cache(maxsize=8192)
 def canonical_amount(amount: Decimal) -> str | None:
     """Return an amount as plain digits without trailing zeros, or None if negative, not finite or out of range.
@@ -238,10 +242,10 @@ def canonical_amount(amount: Decimal) -> str | None:
     """
     if not amount.is_finite() or (amount.is_signed() and amount != 0) or amount >= 1_000_000_000:
         return None
-    exponent = amount.normalize().as_tuple().exponent
+    if len(amount.as_tuple().digits) > MAX_AMOUNT_DIGITS or (amount and amount.adjusted() < -9):
+        return None
+    exact = amount.normalize()
+    exponent = exact.as_tuple().exponent
     if not isinstance(exponent, int) or exponent < -9:
         return None
-    text = f"{amount:f}"
-    if "." in text:
-        text = text.rstrip("0").rstrip(".")
-    return text.removeprefix("-")
+    return f"{exact:f}".removeprefix("-")

@@ -8,7 +8,8 @@ A value is one JSON object with sorted keys and no white space. Its clear envelo
     K   = DOMAIN "/" OWNER "/" EPOCH "/" VERSION        the epoch key, e.g. pii/platform/2026-11/1
     S   = 32 hex digits (the person secret's id), or "salt:" and 32 hex digits where no person is concerned,
           or "-" where the domain takes neither
-    BOX = base64(seal id, 16 bytes ‖ nonce, 12 bytes ‖ AES-256-GCM ciphertext and 16-byte tag)
+    BOX = base64(seal id, 16 bytes ‖ nonce, 12 bytes ‖ AES-256-GCM ciphertext and 16-byte tag); all parts of a value
+          have one seal id, so that none opens in another value
     plaintext = JSON ‖ 0x80 ‖ 0x00…, padded to a multiple of 32 bytes (ISO/IEC 7816-4)
 
     record key = HKDF-SHA-256(epoch key ‖ person secret or salt, info = DOMAIN, OWNER, ACCOUNT, EPOCH, VERSION)
@@ -77,11 +78,16 @@ class Sealed(NamedTuple):
     fields: Mapping[str, Any]
 
 
-def record_key(epoch_key: bytes, secret: bytes, key_id: KeyId, account: str) -> AESGCM:
-    """Return the cipher of the record key for 32-byte `epoch_key` and a person secret, salt or nothing."""
-    info = framed(*(part.encode() for part in (key_id.domain, key_id.owner, account, key_id.epoch)))
-    derived = HKDF(_SHA256, 32, None, info + framed(b"%d" % key_id.version)).derive(epoch_key + secret)
-    return AESGCM(derived)
+def key_info(key_id: KeyId, account: str) -> bytes:
+    """Return the HKDF info of the record keys of an epoch key and an account."""
+    return framed(
+        *(str(part).encode() for part in (key_id.domain, key_id.owner, account, key_id.epoch, key_id.version))
+    )
+
+
+def record_key(epoch_key: bytes, secret: bytes, info: bytes) -> AESGCM:
+    """Return the cipher of the record key for 32-byte `epoch_key` and a person secret, salt or nothing; `key_info`."""
+    return AESGCM(HKDF(_SHA256, 32, None, info).derive(epoch_key + secret))
 
 
 def framed(*parts: bytes) -> bytes:
@@ -126,6 +132,8 @@ def open_box(cipher: AESGCM, head: bytes, part: Part, envelope: bytes) -> bytes:
     """Return the plaintext of a part. Raises ValueError if one bit of part or envelope is not as it was sealed."""
     try:
         box = b64decode(part.box, validate=True)
+        if b64encode(box).decode() != part.box:
+            raise ValueError("not the one way to write these bytes")
         seal_id, nonce = box[:SEAL_ID_BYTES], box[SEAL_ID_BYTES : SEAL_ID_BYTES + NONCE_BYTES]
         bound = aad(head, seal_id, part.sid.encode(), framed(part.key.encode()), envelope)
         return unpad(cipher.decrypt(nonce, box[SEAL_ID_BYTES + NONCE_BYTES :], bound))
@@ -156,6 +164,8 @@ def take_apart(value: bytes) -> Sealed:
             parts.append(Part(part["group"], part["key"], part["sid"], part.pop("box")))
             if len(part) != 3 or not all(isinstance(text, str) for text in parts[-1]):
                 raise ValueError("not a sealed part")
+        if len(parts) > 1 and len({b64decode(part.box[:24])[:SEAL_ID_BYTES] for part in parts}) > 1:
+            raise ValueError("parts of different values")
         account = fields.get("account_id") or ""
         envelope = orjson.dumps(fields, option=orjson.OPT_SORT_KEYS)
     except (KeyError, TypeError, AttributeError, ValueError) as error:

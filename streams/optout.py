@@ -286,9 +286,11 @@ class OptOuts:
     async def rows(self, reason: str) -> AsyncIterator[list[list[str]]]:
         """Yield all opt-outs that stand as CSV rows of `COLUMNS`, page by page, opened and logged to `audit`.
 
-        Read to the end first. Raises RevealDenied, and KeysUnusable if an opt-out does not open: an export that
-        lacks one would lose it.
+        Read to the end first. Raises InputInvalid for a reason that is none, RevealDenied, and KeysUnusable if an
+        opt-out does not open: an export that lacks one would lose it.
         """
+        if not REASON.fullmatch(reason):
+            raise EntryInvalid("reason")
         await self.catch_up()
         revealer = self._deployment.revealer()
         standing = await self._records()

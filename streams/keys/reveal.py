@@ -23,7 +23,7 @@ from schemas.errors import InputInvalid, RevealDenied
 from schemas.fields import REASON, PrivacyClass, classes_of, normalise
 from schemas.inbound import Cdr, Preference, Request
 from schemas.outbound import Message, Output
-from schemas.sealed import NO_PERSON, KeyId, Part, Sealed, aad_head, open_box, record_key, take_apart
+from schemas.sealed import NO_PERSON, KeyId, Part, Sealed, aad_head, key_info, open_box, record_key, take_apart
 from streams.keys.roles import Principal
 from streams.keys.store import Gone, KeyStore
 from streams.log.protocol import Log, Stored
@@ -246,7 +246,7 @@ def _open(
             return Revealed(State(secret.value), {})
         if secret is None or key_id.domain != _domain_of(stream):
             return Revealed(State.CORRUPT, {})
-        cipher = record_key(epoch.key, secret, key_id, sealed.account)
+        cipher = record_key(epoch.key, secret, key_info(key_id, sealed.account))
         head = aad_head(stream, key_id.owner, sealed.account, part.group)
         try:
             plaintext = open_box(cipher, head, part, sealed.envelope)
