@@ -5,7 +5,6 @@ left renders as it is, as the whole sealed record. The anonymous record's type d
 """
 
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
 from operator import attrgetter
 from typing import Any
 
@@ -13,6 +12,7 @@ import msgspec
 from msgspec.structs import force_setattr
 
 from processors.decode import check_clear
+from processors.retention import instant
 from schemas.errors import Poison
 from schemas.fields import PrivacyClass as P
 from schemas.fields import canonical_amount
@@ -43,15 +43,9 @@ class Layout:
     """The compiled split of one record type under one class table."""
 
     __slots__ = (
-        "_clear",
-        "_clear_values",
-        "_content_names",
-        "_content_values",
-        "_nothing",
-        "anonymous",
-        "other",
+        "_clear", "_clear_values", "_content", "_content_names", "_content_values", "_nothing", "anonymous", "other",
         "whole",
-    )
+    )  # fmt: skip
 
     def __init__(self, struct: type[Communication], classes: Mapping[str, P], *, with_content: bool) -> None:
         names = [name for name in struct.__struct_fields__ if name != "v"]
@@ -83,7 +77,7 @@ class Layout:
         """
         force_setattr(record, "occurred_at", at)
         if record.answered_at is not None:
-            force_setattr(record, "answered_at", _utc(record.answered_at))
+            force_setattr(record, "answered_at", instant(int(record.answered_at.timestamp() // 1)))
         values = self._content_values(record)
         if values == self._nothing:
             return None
@@ -125,10 +119,6 @@ def _renderer(title: str, names: list[str], kind: str) -> Render:
     )
     get = _getter(names)
     return lambda record: _encode(struct(kind, *get(record)))
-
-
-def _utc(instant: datetime) -> str:
-    return instant.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _anonymous(names: list[str], *, priced: bool) -> Callable[[Clear, int | None, str, bytes], bytes]:

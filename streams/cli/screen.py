@@ -3,8 +3,9 @@
 import argparse
 import asyncio
 import csv
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, get_args
 
 from schemas.errors import InputInvalid
@@ -16,6 +17,8 @@ from streams.config import load
 
 if TYPE_CHECKING:
     from streams.deployment import Deployment
+
+_COUNTRY = re.compile(r"[A-Z]{2}")
 
 
 def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -70,6 +73,8 @@ class _Screening:
         account = policy.account(plain(args.account))
         if account is None:
             raise InputInvalid("the policy does not serve this account; see policy show")
+        if args.country is not None and not _COUNTRY.fullmatch(args.country):
+            raise InputInvalid("--country takes two capital letters, such as US")
         hours = policy.screening.quiet_hours
         self._args = args
         self._policy = policy
@@ -117,7 +122,7 @@ class _Screening:
         }
 
 
-def _numbers(lines: "Iterator[bytes] | Any") -> Iterator[str]:
+def _numbers(lines: Iterable[bytes]) -> Iterator[str]:
     """Yield the number of each row, "" where there is none: a number a line, or the column `number` of CSV."""
     column = None
     for at, line in enumerate(lines):

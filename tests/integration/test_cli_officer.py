@@ -409,6 +409,7 @@ def test_a_file_gives_an_answer_a_row(call, tmp_path, text):
 
 
 WRONG_SCREENS = [
+    (CANARY, "--account", "a", "--channel", "sms", "--purpose", "otp", "--country", "us"),
     (CANARY,),
     (CANARY, "--account", "a", "--channel", "sms", "--purpose", CANARY),
     (CANARY, "--account", "a", "--channel", "sms", "--purpose", "otp", "--file", CANARY),

@@ -50,7 +50,9 @@ def record(kind, **fields):
 
 
 def sms_request(**fields):
-    return record("request", **{"channel": "sms", "purpose": "transactional", "content": "Your parcel is here", **fields})
+    return record(
+        "request", **{"channel": "sms", "purpose": "transactional", "content": "Your parcel is here", **fields}
+    )
 
 
 def voice_request(**fields):
@@ -71,7 +73,9 @@ def reply(text, **fields):
 
 
 def preference(action="opt_out", **fields):
-    return record("preference", **{"direction": "mo", "sender": PERSON, "recipient": "ACME", "action": action, **fields})
+    return record(
+        "preference", **{"direction": "mo", "sender": PERSON, "recipient": "ACME", "action": action, **fields}
+    )
 
 
 def raw(fields):

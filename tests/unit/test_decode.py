@@ -82,14 +82,13 @@ def test_json_that_is_no_object_is_quarantined_as_such(value):
     assert quarantined(value) == "not_an_object"
 
 
-@pytest.mark.parametrize("opening", [b"[", b'{"a":', b'{"content":['])
-@pytest.mark.parametrize("closed", [False, True])
-def test_deep_nesting_is_quarantined_and_harms_nothing(opening, closed):
-    value = opening * 100_000
-    if closed and opening == b"[":
-        value += b"]" * 100_000
-    assert quarantined(value) == "not_json"
-    assert quarantined(spliced(sms_cdr(), b'"attributes":{"a":' + b"[" * 5_000 + b"]" * 5_000 + b"}")) in REASONS
+@pytest.mark.parametrize("opening", [b"[", b'{"a":', b'{"content":[', b'{"attributes":{"a":'])
+def test_deep_nesting_is_quarantined_and_harms_nothing(opening):
+    assert quarantined(opening * 50_000) == "not_json"
+    for depth in (500, 5_000, 50_000):
+        nested = b"[" * depth + b"]" * depth
+        assert quarantined(nested) in ("not_an_object", "not_json")
+        assert quarantined(spliced(sms_cdr(), b'"attributes":{"a":' + nested + b"}")) in REASONS
 
 
 def test_a_record_of_two_megabytes_is_quarantined_whole_and_unread():
@@ -109,7 +108,7 @@ def test_a_record_may_be_as_large_as_the_limit_and_not_one_byte_larger():
 # --- version, fields, values --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("version", [0, 2, -1, 10**30, True, None, "1", "2", [], {}])
+@pytest.mark.parametrize("version", [0, 2, -1, 2**63, True, None, "1", "2", [], {}])
 def test_another_version_is_not_supported(version):
     assert quarantined(sms_cdr(v=version)) == "unsupported_version"
     assert quarantined(sms_cdr(v=version, field_of_tomorrow=1)) == "unsupported_version"
@@ -299,7 +298,8 @@ def test_three_days_ahead_is_quarantined_and_two_are_not():
 @pytest.mark.parametrize("at", ["0001-01-01T00:00:00Z", "0001-01-01T00:00:00+14:00", "1582-10-10T00:00:00Z"])
 def test_the_beginning_of_time_is_only_very_old(at):
     assert outcome(sms_cdr(occurred_at=at)) == ("expired", "older_than_everything")
-    assert outcome(voice_cdr(answered_at=at)) == ("emit", None)
+    (opened,) = run([voice_cdr(answered_at=at)]).opened("cdr.pii")
+    assert opened["primary"]["answered_at"] in ("0001-01-01T00:00:00Z", "1582-10-10T00:00:00Z")
 
 
 @pytest.mark.parametrize("at", ["9999-12-31T23:59:59Z", "9999-12-31T23:59:59-14:00"])
@@ -378,9 +378,7 @@ def test_a_record_id_that_holds_a_mail_address_is_quarantined():
     )
 
 
-@pytest.mark.parametrize(
-    ("direction", "primary", "other"), [("mt", PERSON, OTHER), ("mo", OTHER, PERSON)]
-)
+@pytest.mark.parametrize(("direction", "primary", "other"), [("mt", PERSON, OTHER), ("mo", OTHER, PERSON)])
 def test_the_primary_person_is_who_gets_an_outbound_and_who_sends_an_inbound(direction, primary, other):
     found = parties(decode(raw(voice_cdr(direction=direction, sender=OTHER, recipient=PERSON))), None)
     assert [party.value for party in found] == [primary, other]
