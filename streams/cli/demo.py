@@ -56,7 +56,7 @@ def _run(args: argparse.Namespace) -> int:
         args.config = str(make_folder())
     config = load(args)._replace(policy=policy(), policy_source="demo")
     summary = asyncio.run(run(config, args.records, args.seed, _phase))
-    commands = _next_commands(args)
+    commands = _next_commands(args, [one.reason for one in summary.refused])
     if args.json:
         print_json({**msgspec.to_builtins(summary), "next": commands})
     else:
@@ -73,18 +73,21 @@ def _phase(what: str, records: int) -> Iterator[Callable[[int], None]]:
     say(f"{what} {records:,} records: {time.perf_counter() - started:.1f} s")
 
 
-def _next_commands(args: argparse.Namespace) -> dict[str, str]:
-    """Return who might look at what next, as commands that can be pasted."""
+def _next_commands(args: argparse.Namespace, refused: list[str]) -> dict[str, str]:
+    """Return who might look at what next, as commands that can be pasted; `refused`: the reasons there were."""
     where = [] if args.config == DEFAULT_CONFIG else ["--config", args.config]
     where += ["--log", args.log] if args.log else []
 
     def command(*words: str) -> str:
         return f"{_program()} {shlex.join(['tail', *words, *where])}"
 
+    verdicts = command("verdicts", "--from-beginning", "--json")
+    if refused:
+        verdicts += f" | grep -m 3 {'opted_out' if 'opted_out' in refused else refused[0]}"
     return {
         "billing": command("cdr.anonymous", "--max", "3"),
         "the privacy officer": command("cdr.pii", "--max", "2", "--reveal", "--reason", "DEMO-1"),
-        "a refused gateway": command("verdicts", "--from-beginning", "--json") + " | grep -m 3 opted_out",
+        "a refused gateway": verdicts,
     }
 
 

@@ -1,0 +1,190 @@
+from decimal import Decimal
+from typing import Annotated, get_args
+
+import msgspec
+import pytest
+
+from schemas.fields import (
+    NOBODY,
+    PERSONAL_KINDS,
+    Classified,
+    Kind,
+    Party,
+    PrivacyClass,
+    canonical_amount,
+    classes_of,
+    field_class,
+    is_account,
+    is_code,
+    is_record_id,
+    normalise,
+)
+from schemas.inbound import CODE_FIELDS, SMS_FIELDS, VOICE_FIELDS, Cdr, Communication, Preference, Price, Request
+
+# --- privacy classes ----------------------------------------------------------------------------------------
+
+
+def test_a_field_without_a_class_cannot_be_defined():
+    for annotation in (str, Annotated[str, "text"], Annotated[str, msgspec.Meta(max_length=5)]):
+        with pytest.raises(TypeError, match="has no privacy class"):
+            type("Bad", (Classified,), {"__annotations__": {"name": annotation}})
+
+
+def test_one_field_has_one_class_over_all_record_types():
+    class One(Classified):
+        name: Annotated[str, field_class(PrivacyClass.PERSON)]
+
+    class Two(Classified):
+        name: Annotated[str, field_class(PrivacyClass.CONTENT)]
+
+    assert classes_of(One) == {"name": PrivacyClass.PERSON}
+    with pytest.raises(TypeError, match="two privacy classes"):
+        classes_of(One, Two)
+
+
+def test_every_field_of_every_record_type_has_a_class():
+    names = {name for kind in (Request, Cdr, Preference) for name in kind.__struct_fields__}
+    assert set(classes_of(Request, Cdr, Preference)) == names
+
+
+def test_the_fields_of_a_channel_and_the_codes_are_fields_of_a_communication():
+    assert set(SMS_FIELDS) | set(VOICE_FIELDS) == set(Communication.__annotations__)
+    assert set(CODE_FIELDS) < set(Communication.__struct_fields__)
+
+
+def test_what_a_record_shows_of_itself_is_its_type():
+    record = msgspec.convert(
+        {"v": 1, "type": "cdr", "channel": "sms", "record_id": "r", "account_id": "a", "direction": "mt",
+         "occurred_at": "2026-11-21T00:00:00Z", "sender": "s3cret", "recipient": "s3cret", "content": "s3cret"},
+        Cdr,
+    )  # fmt: skip
+    assert (repr(record), str(record)) == ("Cdr()", "Cdr()")
+    assert repr(normalise("+4915112345678")) == "Party(number)"
+
+
+# --- codes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["a", "DELIVRD", "route 7", "a:b/c.d_e-f", "0", "123456", "12 34 56", "x" * 40])
+def test_a_code_may_stand_in_the_clear(text):
+    assert is_code(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", " a", "-a", "x" * 41, "a\n", "é", "a,b", "a+b", "a@b", "(1)", "1234567", "x1234567", "123-4567",
+     "1 2 3 4 5 6 7", "1.2.3.4.5.6.7", "12/34:56_7", "1 - 234567", "a\x00", "٣"],
+)  # fmt: skip
+def test_what_could_hold_a_number_or_a_text_is_no_code(text):
+    assert not is_code(text)
+
+
+@pytest.mark.parametrize("text", ["a", "A.b_c-d", "0", "x" * 64, "4915112345678"])
+def test_an_account_id(text):
+    assert is_account(text)
+
+
+@pytest.mark.parametrize("text", ["", "-a", ".a", "x" * 65, "a b", "a/b", "a|b", "a:b", "é", "a\n"])
+def test_no_account_id(text):
+    assert not is_account(text)
+
+
+def test_a_record_id_is_printable_ascii():
+    assert all(map(is_record_id, ("a", " ", '"\\', "x" * 128)))
+    assert not any(map(is_record_id, ("", "x" * 129, "\n", "a\x7f", "é", "a\n", "\ud800")))
+
+
+# --- parties ------------------------------------------------------------------------------------------------
+
+SAME_PERSON = [
+    "+4915112345678", " +4915112345678 ", "+49 151 12345678", "+49-151-12345678",
+    "004915112345678", "0049 151 12345678", "4915112345678", "49 151 1234 5678", "+49.151.12345678",
+    "\uff0b\uff14\uff19\uff11\uff15\uff11\uff11\uff12\uff13\uff14\uff15\uff16\uff17\uff18", "tel:+4915112345678",
+    "sip:+4915112345678@example.org", "sips:+4915112345678;user=phone@example.org", "\u200e+4915112345678\u200f",
+    "+004915112345678", "+49\u00a0151\u00a012345678", "+49\u2011151\u201112345678", "+4915112345678 ext. 12",
+    "+49 (0)151 12345678", "+4915112345678,,123",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", SAME_PERSON)
+def test_one_number_however_written_is_one_person(text):
+    assert normalise(text) == Party(Kind.NUMBER, "+4915112345678", True)
+
+
+@pytest.mark.parametrize(
+    ("text", "region", "value"),
+    [
+        ("0151 12345678", "DE", "+4915112345678"),
+        ("(415) 555-0123", "US", "+14155550123"),
+        ("415.555.0123", "US", "+14155550123"),
+        ("020 7946 0958", "GB", "+442079460958"),
+        ("+4915112345678", "US", "+4915112345678"),
+        ("0044 20 7946 0958", "DE", "+442079460958"),
+        ("06 12 34 56 78", "FR", "+33612345678"),
+    ],
+)
+def test_a_national_number_is_read_as_of_its_region(text, region, value):
+    assert normalise(text, region) == Party(Kind.NUMBER, value, True)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "value"),
+    [
+        ("ACME", Kind.ALPHANUMERIC, "ACME"),
+        ("Shop 24/7", Kind.ALPHANUMERIC, "Shop 24/7"),
+        ("12345", Kind.SHORT_CODE, "12345"),
+        ("7", Kind.SHORT_CODE, "7"),
+        ("Ann@Example.ORG", Kind.EMAIL, "ann@example.org"),
+        ("sip:Ann@example.org", Kind.SIP, "ann@example.org"),
+        ("a name of somebody", Kind.UNKNOWN, "a name of somebody"),
+        ("Ärzte", Kind.UNKNOWN, "ärzte"),
+        ("123456789", Kind.UNKNOWN, "123456789"),
+        ("+" + "9" * 20, Kind.UNKNOWN, "+" + "9" * 20),
+        ("a\x00b", Kind.UNKNOWN, "a\x00b"),
+        ("😀", Kind.UNKNOWN, "😀"),
+        ("A1234567", Kind.UNKNOWN, "a1234567"),
+    ],
+)
+def test_what_is_no_number_has_its_kind(text, kind, value):
+    assert normalise(text) == Party(kind, value, kind in PERSONAL_KINDS)
+
+
+@pytest.mark.parametrize(
+    "text", ["", " ", "\t", "anonymous", "Anonymous", "RESTRICTED", "<unknown>", "unavailable", "s"]
+)
+def test_nobody_is_nobody(text):
+    assert normalise(text) == NOBODY
+    assert not NOBODY.is_person
+
+
+def test_persons_are_behind_numbers_addresses_and_the_unknown():
+    assert {Kind.NUMBER, Kind.EMAIL, Kind.SIP, Kind.UNKNOWN} == PERSONAL_KINDS
+
+
+# --- money --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("amount", "text"),
+    [
+        ("0", "0"), ("-0", "0"), ("0.00", "0"), ("0e9999999", "0"), ("0e-9999999", "0"), ("1.50", "1.5"),
+        ("100", "100"), ("1E+8", "100000000"), ("0.000000001", "0.000000001"),
+        ("123456789.123456789", "123456789.123456789"), ("999999999.999999999", "999999999.999999999"), ("1.000000000000000000000000000", "1"),
+    ],
+)  # fmt: skip
+def test_an_amount_is_written_in_one_way(amount, text):
+    assert canonical_amount(Decimal(amount)) == text
+
+
+@pytest.mark.parametrize(
+    "amount",
+    ["-1", "-0.000000001", "NaN", "Infinity", "-Infinity", "1e9", "1e999999", "0.0000000001", "1e-999999",
+     "1e-9999999999", "1.0000000001", "1." + "0" * 40 + "15551234567", "0." + "0" * 28 + "1", "1" + "0" * 40],
+)  # fmt: skip
+def test_an_amount_that_is_out_of_range_or_could_carry_more_than_money_is_none(amount):
+    assert canonical_amount(Decimal(amount)) is None
+
+
+def test_money_is_decimal():
+    assert get_args(Price.__annotations__["amount"]) == ()
+    assert Price.__annotations__["amount"] is Decimal
