@@ -19,7 +19,8 @@ def main() -> None:
             def fresh(ring=ring, bench=bench, people=people) -> None:
                 if people == "all new":  # as after a fetch: secrets are there, nothing was derived from them yet
                     ring.ciphers.clear()
-                    bench.pipeline.tokens._recent.clear()
+                    for circle in bench.pipeline.planner._circles.values():
+                        circle.people.clear()
 
             def whole(bench=bench, values=values, ring=ring) -> None:
                 bench.pipeline.complete(bench.prepare(values), ring, Entropy(os.urandom(32)), 4)

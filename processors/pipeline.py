@@ -8,6 +8,7 @@ next record on. Neither step does I/O or reads a clock; same input, keys, time a
 A batch that waited or was aborted is prepared anew. Every input offset ends in exactly one `Outcome`.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 from typing import NamedTuple
@@ -17,7 +18,7 @@ import orjson
 
 from processors.decode import check_clear, decode_shape, parties, timestamp
 from processors.keyring import KeyRing, Needs, PersonRef
-from processors.plan import Plan, Planner, Template
+from processors.plan import Circle, Person, Plan, Planner, Template
 from processors.retention import instant
 from processors.screen.keywords import Keywords, Match
 from processors.screen.quiet_hours import QuietHours
@@ -91,6 +92,7 @@ class _Request(_Decided, frozen=True, gc=False):
 
     record: Request
     verdict: Verdict
+    circle: Circle
     template: Template | None  # of `cleared`, if it is
     primary: PersonRef | None
     other: PersonRef | None
@@ -100,7 +102,7 @@ class _Review(_Decided, frozen=True, gc=False):
     """A near miss for review: its fields as JSON, and whose secret seals them."""
 
     plan: Plan
-    person: PersonRef | None
+    person: PersonRef
     fields: bytes
 
 
@@ -160,10 +162,8 @@ class _Preparation:
         self.now_s = now_s
         hours = self.policy.screening.quiet_hours
         self.quiet = None if hours is None else QuietHours(hours.start_time, hours.end_time, now_s)
-        self.seals: dict[Template, int] = {}
         self.cleared: dict[str, Template] = {}
-        self.persons: dict[PersonRef, int] = {}
-        self.prepared = Prepared(inbox, now_s, [], Needs({}, self.persons), Overlay(view), [], [], [], [])
+        self.prepared = Prepared(inbox, now_s, [], Needs({}, {}), Overlay(view), [], [], [], [])
         self.handlers: dict[type, Callable[..., Outcome]] = {
             Request: self._request,
             Cdr: self._cdr,
@@ -190,16 +190,10 @@ class _Preparation:
                 self._quarantine(index, record, poison.reason)
             except Exception:  # a bug of ours meets one record: it is kept, sealed, and the rest goes on
                 self._quarantine(index, record, "internal_error")
-        for change in self.prepared.overlay.changes:
-            self._need(self.planner.output("suppressions", _account_of(change.rule), now_s), 1)
-        epochs = self.prepared.needs.epochs
-        for template, count in self.seals.items():
-            if template.ref is not None:
-                epochs[template.ref] = (template.deadline_s, epochs.get(template.ref, (None, 0))[1] + count)
+        self._needs()
         return self.prepared
 
     def _quarantine(self, index: int, record: Inbound | None, reason: str) -> None:
-        self._need(self.planner.output("quarantine", UNKNOWN_ACCOUNT, self.now_s), 1)
         self.prepared.quarantined.append((index, reason))
         kind = "unreadable" if record is None else str(record.__struct_config__.tag)
         self.prepared.outcomes.append(Outcome(kind, End.QUARANTINE, reason))
@@ -213,60 +207,60 @@ class _Preparation:
         clear = layout.clear(record)
         text = record.content
         content = layout.take(record, moment.hour_epoch + _SECONDS[ts % 3600])
-        ours = self._token_of(plan, primary)
-        theirs = self._token_of(plan, other)
+        ours = self._meet(plan, primary) if primary.is_person else None
+        theirs = self._meet(plan, other) if other.is_person else None
         primary_ref = other_ref = content_ref = None
         personal = moment.pii_expires_s > now_s
         if personal:
-            self._need(plan.pii, 1 if theirs is None else 2)
-            primary_ref = self._person(plan.pii, ours, plan)
-            other_ref = self._person(plan.pii, theirs, plan)
+            if ours is not None:
+                primary_ref = ours.ref(plan.pii)
+            if theirs is not None:
+                other_ref = theirs.ref(plan.pii)
         if content is not None:
             if plan.content is None or plan.content_expires_s <= now_s:
                 content = None
-            else:
-                self._need(plan.content, 1)
-                content_ref = self._person(plan.content, ours, plan)
+            elif ours is not None:
+                content_ref = ours.ref(plan.content)
         if text is not None and ours is not None and record.direction == "mo":
             self._keyword(text, record, plan, ts, primary, other, ours)
         self.prepared.cdrs.append(_Cdr(record, plan, clear, personal, primary_ref, other_ref, content, content_ref))
         return _EMIT_CDR if personal else _EMIT_ANONYMOUS_ONLY
 
-    def _keyword(self, text: str, record: Cdr, plan: Plan, ts: int, primary: Party, other: Party, token: bytes) -> None:
+    def _keyword(self, text: str, record: Cdr, plan: Plan, ts: int, primary: Party, other: Party, ours: Person) -> None:
         """Act on an inbound text that is a keyword as a whole; send a near miss to review."""
         match = self.pipeline.keywords.match(text)
         if match is Match.NONE:
             return
         if match is Match.NEAR:
             if plan.review_expires_s > self.now_s:
-                self._need(plan.review, 1)
                 fields = {"record_id": record.record_id, "occurred_at": record.occurred_at,
                           "sender": record.sender, "recipient": record.recipient}  # fmt: skip
                 if plan.content is not None:
                     fields["content"] = text
-                self.prepared.reviews.append(_Review(plan, self._person(plan.review, token, plan), _encode(fields)))
+                self.prepared.reviews.append(_Review(plan, ours.ref(plan.review), _encode(fields)))
             return
         keyword = self.policy.screening.keyword
         scope = self._scope(keyword.scope, record, other)
         for channel in keyword.channels:
             rule = Rule(scope, keyword.class_, channel, "person")
-            change = Change(token, rule, match is Match.OPT_OUT, ts, primary.value, "keyword")
+            change = Change(ours.token, rule, match is Match.OPT_OUT, ts, primary.value, "keyword")
             self.prepared.overlay.apply(change, self.now_s)
 
     def _preference(self, record: Preference, plan: Plan, ts: int, primary: Party, other: Party) -> Outcome:
-        token = self._token_of(plan, primary)
-        if token is None:
+        ours = self._meet(plan, primary) if primary.is_person else None
+        if ours is None:
             raise Poison("bad_value:sender")
         check_clear(record)
         rule = Rule(self._scope(record.scope, record, other), record.class_, record.channel, "person")
-        change = Change(token, rule, record.action == "opt_out", ts, primary.value, "preference")
+        change = Change(ours.token, rule, record.action == "opt_out", ts, primary.value, "preference")
         return _EMIT_PREFERENCE if self.prepared.overlay.apply(change, self.now_s) else _LIFTS_NOTHING
 
     def _request(self, record: Request, plan: Plan, ts: int, primary: Party, other: Party) -> Outcome:
         check_clear(record)
         now_s = self.now_s
         account_id = record.account_id
-        token = self._token_of(plan, primary)
+        ours = self._meet(plan, primary) if primary.is_person else None
+        token = None if ours is None else ours.token
         overlay = self.prepared.overlay
         subject = Subject(
             account_id,
@@ -282,17 +276,16 @@ class _Preparation:
         )
         decided = verdict(subject, overlay, self.registries, self.policy, plan.account, self.quiet, now_s)
         if decided.reason is not None:
-            self.prepared.requests.append(_Request(record, decided, None, None, None))
+            self.prepared.requests.append(_Request(record, decided, plan.circle, None, None, None))
             return _REFUSALS[decided.reason]
         self.pipeline.request.take(record, plan.moment.hour_epoch + _SECONDS[ts % 3600])
         template = self.cleared.get(account_id)
         if template is None:
             template = self.cleared[account_id] = self.planner.output("cleared", account_id, now_s)
-        theirs = self._token_of(plan, other)
-        self._need(template, 1 if theirs is None else 2)
-        primary_ref = self._person(template, token, plan)
-        other_ref = self._person(template, theirs, plan)
-        self.prepared.requests.append(_Request(record, decided, template, primary_ref, other_ref))
+        theirs = self._meet(plan, other) if other.is_person else None
+        primary_ref = None if ours is None else ours.ref(template)
+        other_ref = None if theirs is None else theirs.ref(template)
+        self.prepared.requests.append(_Request(record, decided, plan.circle, template, primary_ref, other_ref))
         return _EMIT_REQUEST
 
     def _scopes(self, record: Inbound, other: Party) -> tuple[str, ...]:
@@ -304,25 +297,49 @@ class _Preparation:
     def _scope(self, scope: str, record: Inbound, other: Party) -> str:
         return scope_id(scope, record.account_id, other.value, record.campaign_id, self.pipeline.tokens)
 
-    def _token_of(self, plan: Plan, party: Party) -> bytes | None:
-        """Return the person's token, or None if no person is behind the party for this account."""
-        if not party.is_person or party.value in plan.own:
+    def _meet(self, plan: Plan, party: Party) -> Person | None:
+        """Return who is behind a party that may be a person, or None if it is the account's own number."""
+        value = party.value
+        if value in plan.own:
             return None
-        return self.pipeline.tokens.of(party.value)
+        return plan.circle.people.get(value) or plan.circle.meet(value, self.pipeline.tokens)
 
-    def _need(self, template: Template, seals: int) -> None:
-        self.seals[template] = self.seals.get(template, 0) + seals
-
-    def _person(self, template: Template, token: bytes | None, plan: Plan) -> PersonRef | None:
-        """Note that a person's secret of the month is needed, until its owner's last data of that month is dead."""
-        if token is None:
-            return None
-        owner = template.owner
-        ref = PersonRef(owner, token, plan.month)
-        deadline_s = plan.person_deadlines_s.get(owner, plan.account_deadline_s)
-        if self.persons.setdefault(ref, deadline_s) < deadline_s:
-            self.persons[ref] = deadline_s
-        return ref
+    def _needs(self) -> None:
+        """Fill in which secrets and keys the outputs will take, and an upper bound of the seals under each key."""
+        prepared = self.prepared
+        persons = prepared.needs.persons
+        seals: Counter[Template] = Counter()
+        for item in prepared.cdrs:
+            deadlines_s = item.plan.circle.deadlines_s
+            for ref in (item.primary, item.other, item.content_person):
+                if ref is not None:  # accounts share the platform's secrets: the longest life counts
+                    deadline_s = deadlines_s[ref.owner]
+                    if persons.setdefault(ref, deadline_s) < deadline_s:
+                        persons[ref] = deadline_s
+        for plan, count in Counter([item.plan for item in prepared.cdrs if item.personal]).items():
+            seals[plan.pii] += 2 * count
+        for plan, count in Counter([item.plan for item in prepared.cdrs if item.content is not None]).items():
+            if plan.content is not None:
+                seals[plan.content] += count
+        for asked in prepared.requests:
+            if asked.template is not None:
+                seals[asked.template] += 2
+                for ref in (asked.primary, asked.other):
+                    if ref is not None:
+                        deadline_s = asked.circle.deadlines_s[ref.owner]
+                        persons[ref] = max(deadline_s, persons.get(ref, deadline_s))
+        for review in prepared.reviews:
+            seals[review.plan.review] += 1
+            deadline_s = review.plan.circle.deadlines_s[review.person.owner]
+            persons[review.person] = max(deadline_s, persons.get(review.person, deadline_s))
+        for change in prepared.overlay.changes:
+            seals[self.planner.output("suppressions", _account_of(change.rule), self.now_s)] += 1
+        if prepared.quarantined:
+            seals[self.planner.output("quarantine", UNKNOWN_ACCOUNT, self.now_s)] = len(prepared.quarantined)
+        epochs = prepared.needs.epochs
+        for template, count in seals.items():
+            if template.ref is not None:
+                epochs[template.ref] = (template.deadline_s, epochs.get(template.ref, (None, 0))[1] + count)
 
 
 _EMIT_CDR = Outcome("cdr", End.EMIT, None)
@@ -500,7 +517,7 @@ class _Completion:
         for item in self.prepared.reviews:
             sealer = self._sealer(item.plan.review)
             if sealer is not None:
-                person = None if item.person is None else self.ring.persons[item.person]
+                person = self.ring.persons[item.person]
                 value = sealer.several(*item.plan.review_envelope, (("review", person, item.fields),))
                 messages.append(Message(item.plan.moment.day_ms, None, item.plan.review.headers, value))
         return messages

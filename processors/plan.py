@@ -8,15 +8,18 @@ from datetime import UTC, date, datetime
 
 import orjson
 
-from processors.keyring import PLATFORM, EpochRef
+from processors.keyring import PLATFORM, EpochRef, PersonRef
 from processors.retention import Calendar, Moment, content_expires_s, instant
 from processors.roles import Tags, headers, privacy_object, tags
+from processors.screen.suppression import Tokens
 from schemas.catalog import CATALOG, Domain
 from schemas.outbound import Headers
 from schemas.policy import Account, Policy
 from schemas.sealed import split_envelope
 
 MAX_PLANS = 8192
+MAX_CIRCLES = 256
+MAX_PEOPLE = 8192
 REVIEW_DAYS = 30
 _SLOT_S = 900
 _HOUR_S = 3600
@@ -44,12 +47,53 @@ class Template:
         return split_envelope({**fields, "privacy": orjson.Fragment(self.privacy)})
 
 
+class Person:
+    """A person as an account's records of one month know them: the token, and the secrets by owner."""
+
+    __slots__ = ("account", "platform", "token")
+
+    def __init__(self, token: bytes, account_id: str, month: str) -> None:
+        self.token = token
+        self.account = PersonRef(account_id, token, month)
+        self.platform = PersonRef(PLATFORM, token, month)
+
+    def __repr__(self) -> str:
+        return "Person()"
+
+    def ref(self, template: Template) -> PersonRef:
+        """Return the secret that seals a template's values about this person."""
+        return self.platform if template.owner == PLATFORM else self.account
+
+
+class Circle:
+    """The people of an account and month seen lately, and until when their secrets are needed, by owner."""
+
+    __slots__ = ("account_id", "deadlines_s", "month", "people")
+
+    def __init__(self, account_id: str, month: str) -> None:
+        self.account_id = account_id
+        self.month = month
+        self.people: dict[str, Person] = {}
+        self.deadlines_s: dict[str, int] = {}
+
+    def keep_until(self, owner: str, deadline_s: int) -> None:
+        """Have an owner's secrets kept at least until `deadline_s`."""
+        self.deadlines_s[owner] = max(deadline_s, self.deadlines_s.get(owner, deadline_s))
+
+    def meet(self, value: str, tokens: Tokens) -> Person:
+        """Return the person behind a normalised address, who is remembered from now on."""
+        if len(self.people) >= MAX_PEOPLE:
+            self.people.clear()
+        met = self.people[value] = Person(tokens.of(value), self.account_id, self.month)
+        return met
+
+
 class Plan:
     """One account, one quarter of an hour. `content` is None where the account has its content never stored."""
 
     __slots__ = (
-        "account", "account_deadline_s", "anonymous", "content", "content_envelope", "content_expires_s",
-        "increment_s", "moment", "month", "own", "period", "person_deadlines_s", "pii", "pii_envelope", "review",
+        "account", "anonymous", "circle", "content", "content_envelope", "content_expires_s",
+        "increment_s", "moment", "month", "own", "period", "pii", "pii_envelope", "review",
         "review_envelope", "review_expires_s",
     )  # fmt: skip
 
@@ -67,8 +111,7 @@ class Plan:
     review: Template
     review_envelope: tuple[bytes, bytes]
     anonymous: Template
-    account_deadline_s: int
-    person_deadlines_s: dict[str, int]  # by owner: until when a person's secret of the month is needed
+    circle: Circle
     increment_s: int
 
 
@@ -79,6 +122,7 @@ class Planner:
         self.policy = policy
         self.calendar = Calendar(policy)
         self._plans: dict[tuple[str, int], Plan | None] = {}
+        self._circles: dict[tuple[str, str], Circle] = {}
         self._outputs: dict[tuple[str, str, int], Template] = {}
 
     def plan(self, account_id: str, ts: int) -> Plan | None:
@@ -135,12 +179,12 @@ class Planner:
         traffic = tags(self.policy, account_id, "traffic", _day(ts))
         content = tags(self.policy, account_id, "content", _day(ts))
         anonymous = tags(self.policy, account_id, "anonymous", _day(ts))
-        plan.account_deadline_s = self.calendar.account_secret_deadline_s(ts, keep_days)
         pii_owner = _owner(traffic, account_id)
-        plan.person_deadlines_s = {_owner(content, account_id): plan.account_deadline_s}
-        plan.person_deadlines_s[pii_owner] = max(
-            moment.pii_expires_s, plan.person_deadlines_s.get(pii_owner, moment.pii_expires_s)
-        )
+        plan.circle = self._circle(account_id, moment.month_epoch)
+        plan.circle.keep_until(pii_owner, moment.pii_expires_s)
+        plan.circle.keep_until(_owner(content, account_id), self.calendar.account_secret_deadline_s(ts, keep_days))
+        for owner in (PLATFORM, account_id):  # transit is sealed for whoever owns it on the day of the verdict
+            plan.circle.keep_until(owner, self.calendar.account_secret_deadline_s(ts, None))
         pii_ref = EpochRef(Domain.PII, pii_owner, moment.month_epoch)
         plan.pii = self._template("cdr.pii", account_id, pii_ref, moment.pii_expires_s, traffic)
         plan.pii_envelope = plan.pii.envelope(account_id=account_id, month=moment.month_epoch)
@@ -167,6 +211,15 @@ class Planner:
             anonymous_from=instant(moment.pii_expires_s),
         )
         return plan
+
+    def _circle(self, account_id: str, month: str) -> Circle:
+        found = self._circles.get((account_id, month))
+        if found is None:
+            if len(self._circles) >= MAX_CIRCLES:
+                self._circles.clear()
+                self._plans.clear()
+            found = self._circles[account_id, month] = Circle(account_id, month)
+        return found
 
     def _template(
         self,

@@ -234,18 +234,16 @@ MAX_AMOUNT_DIGITS = 28
 """An amount written with more digits is refused: it would not be exact, and digits could carry anything."""
 
 
-@lru_cache(maxsize=8192)
-def canonical_amount(amount: Decimal) -> str | None:
-    """Return an amount as plain digits without trailing zeros, or None if negative, not finite or out of range.
+_AMOUNT = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,9})?")
 
-    Range: 0 to below 10^9 with at most 9 decimals (finer than any published carrier price).
+
+@lru_cache(maxsize=8192)
+def canonical_amount(text: str) -> str | None:
+    """Return an amount as plain digits without needless zeros, or None if it is not 0 or more and in range.
+
+    Range: below 10^9 with at most 9 decimals (finer than any published carrier price).
     """
-    if not amount.is_finite() or (amount.is_signed() and amount != 0) or amount >= 1_000_000_000:
+    if not _AMOUNT.fullmatch(text):
         return None
-    if len(amount.as_tuple().digits) > MAX_AMOUNT_DIGITS or (amount and amount.adjusted() < -9):
-        return None
-    exact = amount.normalize()
-    exponent = exact.as_tuple().exponent
-    if not isinstance(exponent, int) or exponent < -9:
-        return None
-    return f"{exact:f}".removeprefix("-")
+    amount = Decimal(text)
+    return f"{amount.normalize():f}" if amount else "0"

@@ -5,7 +5,6 @@ with an offset. Money is decimal. A field that is not listed here is never forwa
 """
 
 from datetime import datetime
-from decimal import Decimal
 from typing import Annotated, Literal
 
 import msgspec
@@ -34,10 +33,10 @@ _P = PrivacyClass
 
 
 class Price(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
-    """What the communication costs: decimal `amount` ≥ 0 and ISO 4217 `currency`."""
+    """What the communication costs: `amount` ≥ 0 as decimal digits in a text, never a float; ISO 4217 `currency`."""
 
-    amount: Decimal
-    currency: str
+    amount: Text64
+    currency: Text64
 
 
 class Common(Classified, frozen=True, kw_only=True, gc=False, tag_field="type"):

@@ -11,32 +11,25 @@ from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 MAX_AHEAD_S = 300
-_RECENT = 50_000
 
 
 class Tokens:
     """The keyed hash that turns a normalised number into a 16-byte token. A token is personal data."""
 
-    __slots__ = ("_hash", "_recent", "version")
+    __slots__ = ("_hash", "version")
 
     def __init__(self, version: int, key: bytes) -> None:
         self.version = version
         self._hash = hashlib.blake2b(key=key, digest_size=16)
-        self._recent: dict[str, bytes] = {}
 
     def __repr__(self) -> str:
         return f"Tokens({self.version})"
 
     def of(self, value: str) -> bytes:
         """Return the 16-byte token of a normalised number or address."""
-        token = self._recent.get(value)
-        if token is None:
-            keyed = self._hash.copy()
-            keyed.update(value.encode())
-            if len(self._recent) >= _RECENT:
-                self._recent.clear()
-            token = self._recent[value] = keyed.digest()
-        return token
+        keyed = self._hash.copy()
+        keyed.update(value.encode())
+        return keyed.digest()
 
 
 class Rule(NamedTuple):

@@ -155,7 +155,6 @@ def _show_deaths(console: "Console", summary: "Summary") -> None:
     rows = [
         (
             one.stream,
-            one.data_class,
             one.records,
             "-" if one.keys is None else one.keys,
             _short(one.soonest),
@@ -164,8 +163,8 @@ def _show_deaths(console: "Console", summary: "Summary") -> None:
         )
         for one in summary.deaths
     ]
-    titles = ("stream", "class", "records", "keys", "first dies", "last dies", "rule")
-    _table(console, "what dies when (UTC); sealed streams with their keys", titles, rows, numbers=(2, 3))
+    titles = ("stream", "records", "keys", "first dies", "last dies", "because")
+    _table(console, "what dies when (UTC); sealed streams with their keys", titles, rows, numbers=(1, 2))
     console.print()
 
 
@@ -175,9 +174,10 @@ def _relative(path: str) -> str:
 
 
 def _short(instant: str | None) -> str:
-    return (
-        "-" if instant is None else instant[:10] if instant.endswith("T00:00:00Z") else instant[:16].replace("T", " ")
-    )
+    """Return the date of a midnight, date and time of another instant."""
+    if instant is None:
+        return "-"
+    return instant[:10] if instant.endswith("T00:00:00Z") else instant[:16].replace("T", " ")
 
 
 def _table(
@@ -191,11 +191,9 @@ def _table(
     from rich import box
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for at, name in enumerate(titles):
-        table.add_column(
-            name, justify="right" if at in numbers else "left", overflow="fold", no_wrap=name.endswith("dies")
-        )
+        table.add_column(name, justify="right" if at in numbers else "left", overflow="fold", no_wrap=name != "because")
     for row in rows:
         table.add_row(*(f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row))
     console.print(table)

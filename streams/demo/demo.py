@@ -370,7 +370,7 @@ def _deaths(policy: Policy, found: _Found, keys: list[KeyStatus]) -> Iterator[De
 def _rule(policy: Policy, row: Stream) -> str:
     """Return in a few words why a stream lives as long as it does, and the clause."""
     if row.max_hours is not None:
-        return f"{row.max_hours} hours" if row.max_hours < 72 else f"{row.max_hours // 24} days"
+        return f"at most {row.max_hours} hours" if row.max_hours < 72 else f"at most {row.max_hours // 24} days"
     if row.data_class == "content":
         return f"as the account instructs ({policy.content.clause})"
     rule = policy.retention_of(row.data_class)

@@ -11,6 +11,7 @@ from schemas.outbound import Headers, Message, Output
 
 __all__ = ["Batch", "Bookmark", "Consumer", "Headers", "Log", "Message", "Output", "Stored"]
 
+
 class Stored(NamedTuple):
     """One committed message with its place. Offsets count from 0 within a partition, without gaps on SQLite."""
 
@@ -51,9 +52,7 @@ class Log(Protocol):
     partitions: int
     """Partitions of every stream, fixed at creation."""
 
-    async def append(
-        self, outputs: Sequence[Output], bookmark: tuple[str, Bookmark | None] | None = None
-    ) -> None:
+    async def append(self, outputs: Sequence[Output], bookmark: tuple[str, Bookmark | None] | None = None) -> None:
         """Write all outputs, and the named bookmark (None deletes it), or nothing; durable on return."""
 
     async def bookmark(self, name: str) -> Bookmark | None:
