@@ -98,4 +98,5 @@ def main() -> None:
     report(rows)
 
 
-main()
+if __name__ == "__main__":
+    main()

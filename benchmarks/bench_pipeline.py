@@ -45,4 +45,5 @@ def main() -> None:
     report(rows)
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -50,4 +50,5 @@ def main() -> None:
         report([asyncio.run(opened(config))])
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -82,4 +82,5 @@ def main() -> None:
     report(rows)
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -22,9 +22,9 @@ from processors.plan import Circle, Person, Plan, Planner, Template
 from processors.retention import instant
 from processors.screen.keywords import Keywords, Match
 from processors.screen.quiet_hours import QuietHours
-from processors.screen.suppression import Change, Overlay, Rule, Tokens, View, record_key, scope_id
+from processors.screen.suppression import Change, Overlay, Rule, Tokens, View, covering_scopes, record_key, scope_id
 from processors.screen.verdict import REASONS, RegistryView, Subject, Verdict, verdict
-from processors.seal import Entropy, Seal, Sealer
+from processors.seal import Entropy, Frame, OnePart, Sealer
 from processors.split import Clear, Layout, billable_units, layouts
 from schemas.catalog import partition_for
 from schemas.errors import Poison
@@ -272,7 +272,9 @@ class _Preparation:
             record.child is True,
             ts,
             # scopes that need hashing are built only for a person who has opted out of something
-            self._scopes(record, other) if token is not None and overlay.get(token) else (),
+            covering_scopes(account_id, other.value, record.campaign_id, self.pipeline.tokens)
+            if token is not None and overlay.get(token)
+            else (),
         )
         decided = verdict(subject, overlay, self.registries, self.policy, plan.account, self.quiet, now_s)
         if decided.reason is not None:
@@ -288,12 +290,6 @@ class _Preparation:
         self.prepared.requests.append(_Request(record, decided, plan.circle, template, primary_ref, other_ref))
         return _EMIT_REQUEST
 
-    def _scopes(self, record: Inbound, other: Party) -> tuple[str, ...]:
-        scopes = (
-            ("platform", "account", "sender", "campaign") if record.campaign_id else ("platform", "account", "sender")
-        )
-        return tuple(self._scope(scope, record, other) for scope in scopes)
-
     def _scope(self, scope: str, record: Inbound, other: Party) -> str:
         return scope_id(scope, record.account_id, other.value, record.campaign_id, self.pipeline.tokens)
 
@@ -302,7 +298,7 @@ class _Preparation:
         value = party.value
         if value in plan.own:
             return None
-        return plan.circle.people.get(value) or plan.circle.meet(value, self.pipeline.tokens)
+        return plan.circle.people.get(value) or self.planner.meet(plan.circle, value, self.pipeline.tokens)
 
     def _needs(self) -> None:
         """Fill in which secrets and keys the outputs will take, and an upper bound of the seals under each key."""
@@ -374,7 +370,7 @@ class _Completion:
         self.partitions = partitions
         self.now_ms = prepared.now_s * 1000
         self.sealers: dict[Template, Sealer | None] = {}
-        self.seals: dict[Template, Seal | None] = {}
+        self.one_parts: dict[Template, tuple[OnePart, Frame] | None] = {}
 
     def run(self, *, shuffle: bool) -> list[Output]:
         pii, content, anonymous = self._cdrs()
@@ -410,12 +406,17 @@ class _Completion:
             raise ValueError(f"the key of {template.stream} is missing from the ring")
         return sealer
 
-    def _seal(self, template: Template, tail: bytes, group: str) -> Seal | None:
-        """Return the function that seals a template's one-part values, or None if its epoch is dead."""
-        if template not in self.seals:
+    def _one_part(self, template: Template, envelope: tuple[bytes, bytes], group: str) -> tuple[OnePart, Frame] | None:
+        """Return what seals a template's one-part values, and the frame of this envelope; None: its epoch is dead."""
+        if template not in self.one_parts:
             sealer = self._sealer(template)
-            self.seals[template] = None if sealer is None else sealer.one_part(tail, group)
-        return self.seals[template]
+            head, tail = envelope
+            if sealer is None:
+                self.one_parts[template] = None
+            else:
+                one_part = sealer.one_part(tail, group)
+                self.one_parts[template] = (one_part, one_part.frame(head))
+        return self.one_parts[template]
 
     def _cdrs(self) -> tuple[list[Message], list[Message], list[Message]]:
         pii: list[Message] = []
@@ -425,27 +426,30 @@ class _Completion:
         whole = layout.whole
         persons = self.ring.persons
         rendered: dict[tuple[str, Clear, int | None], Message] = {}
-        seals = self.seals
+        known = self.one_parts
         for item in self.prepared.cdrs:
             record, plan = item.record, item.plan
+            day_ms = plan.moment.day_ms
             if item.personal:
                 template = plan.pii
-                head, tail = plan.pii_envelope
-                seal = seals[template] if template in seals else self._seal(template, tail, "primary")
-                if seal is not None:
+                found = known[template] if template in known else self._one_part(template, plan.pii_envelope, "primary")
+                if found is not None:
                     if item.other is None:
-                        value = seal(head, None if item.primary is None else persons[item.primary], whole(record))
+                        one_part, frame = found
+                        value = one_part.seal(
+                            frame, None if item.primary is None else persons[item.primary], whole(record)
+                        )
                     else:
                         value = self._apart(template, plan.pii_envelope, layout, item)
-                    pii.append(Message(plan.moment.day_ms, None, template.headers, value))
+                    pii.append(Message(day_ms, None, template.headers, value))
             if item.content is not None and plan.content is not None:
                 template = plan.content
-                head, tail = plan.content_envelope
-                seal = seals[template] if template in seals else self._seal(template, tail, "content")
-                if seal is not None:
+                envelope = plan.content_envelope
+                found = known[template] if template in known else self._one_part(template, envelope, "content")
+                if found is not None:
+                    one_part, frame = found
                     person = None if item.content_person is None else persons[item.content_person]
-                    value = seal(head, person, item.content)
-                    content.append(Message(plan.moment.day_ms, None, template.headers, value))
+                    content.append(Message(day_ms, None, template.headers, one_part.seal(frame, person, item.content)))
             units = billable_units(record, plan.increment_s) if record.channel == "voice" else None
             key = (plan.period, item.clear, units)
             message = rendered.get(key)
@@ -487,10 +491,12 @@ class _Completion:
                 continue
             head = b"".join((terms.head, record_id, _AFTER_ID))
             if item.other is None:
-                seal = self._seal(template, terms.tail, "primary")
-                if seal is None:
+                found = self._one_part(template, (head, terms.tail), "primary")
+                if found is None:
                     raise ValueError("the key of cleared is missing from the ring")
-                value = seal(head, None if item.primary is None else persons[item.primary], layout.whole(record))
+                one_part, _ = found
+                person = None if item.primary is None else persons[item.primary]
+                value = one_part.seal(one_part.frame(head), person, layout.whole(record))
             else:
                 value = self._apart(template, (head, terms.tail), layout, item)
             cleared.append(Message(self.now_ms, None, template.headers, value))

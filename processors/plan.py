@@ -4,6 +4,7 @@ Owners and key epochs, deadlines, privacy objects, headers and envelopes depend 
 time only, so they are rendered once and looked up per record.
 """
 
+from copy import copy
 from datetime import UTC, date, datetime
 
 import orjson
@@ -19,7 +20,7 @@ from schemas.sealed import split_envelope
 
 MAX_PLANS = 8192
 MAX_CIRCLES = 256
-MAX_PEOPLE = 8192
+MAX_PEOPLE = 65_536
 REVIEW_DAYS = 30
 _SLOT_S = 900
 _HOUR_S = 3600
@@ -80,13 +81,6 @@ class Circle:
         """Have an owner's secrets kept at least until `deadline_s`."""
         self.deadlines_s[owner] = max(deadline_s, self.deadlines_s.get(owner, deadline_s))
 
-    def meet(self, value: str, tokens: Tokens) -> Person:
-        """Return the person behind a normalised address, who is remembered from now on."""
-        if len(self.people) >= MAX_PEOPLE:
-            self.people.clear()
-        met = self.people[value] = Person(tokens.of(value), self.account_id, self.month)
-        return met
-
 
 class Plan:
     """One account, one quarter of an hour. `content` is None where the account has its content never stored."""
@@ -122,6 +116,8 @@ class Planner:
         self.policy = policy
         self.calendar = Calendar(policy)
         self._plans: dict[tuple[str, int], Plan | None] = {}
+        self._days: dict[tuple[str, str, str], Plan] = {}
+        self._met = 0
         self._circles: dict[tuple[str, str], Circle] = {}
         self._outputs: dict[tuple[str, str, int], Template] = {}
 
@@ -137,6 +133,16 @@ class Planner:
         account = self.policy.account(account_id)
         made = self._plans[slot] = None if account is None else self._make(account_id, account, ts)
         return made
+
+    def meet(self, circle: Circle, value: str, tokens: Tokens) -> Person:
+        """Return the person behind a normalised address, who is remembered until too many are."""
+        if self._met >= MAX_PEOPLE:
+            for full in self._circles.values():
+                full.people.clear()
+            self._met = 0
+        self._met += 1
+        met = circle.people[value] = Person(tokens.of(value), circle.account_id, circle.month)
+        return met
 
     def output(self, stream: str, account_id: str, now_s: int) -> Template:
         """Return the template of a stream whose life counts from now: verdicts, cleared, quarantine, suppressions."""
@@ -167,6 +173,20 @@ class Planner:
         return self._template(stream, account_id, ref, deadline, tag)
 
     def _make(self, account_id: str, account: Account, ts: int) -> Plan:
+        """Return the plan of a slot: that of its day, at its moment."""
+        moment = self.calendar.moment(ts)
+        day = (account_id, moment.day_epoch, moment.month_epoch)
+        whole_day = self._days.get(day)
+        if whole_day is None:
+            if len(self._days) >= MAX_PLANS:
+                self._days.clear()
+            whole_day = self._days[day] = self._make_day(account_id, account, ts)
+        plan = copy(whole_day)
+        plan.moment = moment
+        plan.period = f"{moment.coarse}|{account_id}"
+        return plan
+
+    def _make_day(self, account_id: str, account: Account, ts: int) -> Plan:
         moment = self.calendar.moment(ts)
         keep_days = self.policy.content_days(account)
         plan = Plan()
@@ -174,7 +194,6 @@ class Planner:
         plan.own = account.own
         plan.moment = moment
         plan.month = moment.month_epoch
-        plan.period = f"{moment.coarse}|{account_id}"
         plan.increment_s = self.policy.increment_s(account)
         traffic = tags(self.policy, account_id, "traffic", _day(ts))
         content = tags(self.policy, account_id, "content", _day(ts))
@@ -217,6 +236,7 @@ class Planner:
         if found is None:
             if len(self._circles) >= MAX_CIRCLES:
                 self._circles.clear()
+                self._days.clear()
                 self._plans.clear()
             found = self._circles[account_id, month] = Circle(account_id, month)
         return found

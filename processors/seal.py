@@ -7,7 +7,7 @@ streams (nonces, salt, shuffle); they are never derived from input, never reused
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, repeat
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -33,6 +33,8 @@ from schemas.sealed import (
 ENTROPY_BYTES = 32
 _DRAW = struct.Struct(f"{SEAL_ID_BYTES}s{NONCE_BYTES}s")
 _DRAWS = 1024
+_SID_CHARS = 32
+_SID_SIZE = _SID_CHARS.to_bytes(4, "big")
 _T = TypeVar("_T")
 
 
@@ -74,8 +76,15 @@ class Entropy:
         return int.from_bytes(self._shuffle.take(8), "big") % bound
 
 
-Seal = Callable[[bytes, PersonSecret | None, bytes], bytes]
-"""(envelope head; the person whose secret it takes, or None for the batch's salt; plaintext) → sealed value."""
+Frame = tuple[bytes, bytes]
+"""What of a value comes before the sid in the AAD, and before the box in the value."""
+
+
+class OnePart(NamedTuple):
+    """How values of one part are sealed: `seal(frame(envelope head), person or None for the salt, plaintext)`."""
+
+    frame: Callable[[bytes], Frame]
+    seal: Callable[[Frame, PersonSecret | None, bytes], bytes]
 
 
 class Sealer:
@@ -94,31 +103,36 @@ class Sealer:
         self._key_frame = framed(str(epoch.id).encode())
         self._salt = "salt:" + entropy.salt.hex()
 
-    def one_part(self, tail: bytes, group: str) -> Seal:
-        """Return the function that seals values of one part: `several`, with all that is constant rendered once."""
+    def one_part(self, tail: bytes, group: str) -> OnePart:
+        """Return how values of one part are sealed: as by `several`, with all that is constant rendered once.
+
+        `tail` is the envelope's (`schemas.sealed.split_envelope`); a head may be constant or each record's own.
+        """
         part = part_head(group, str(self._epoch.id))
         after_box, after_sid = b'",' + part[1:], b'"}' + tail
+        fixed_size = len(part) + _SID_CHARS + len(after_sid)
+        key_frame = self._key_frame
         aad_start = aad_head(self._stream, self._epoch.id.owner, self._account, group) + b"\0\0\0\x10"
-        sid_size = b"\0\0\0\x20"
-        fixed_size = len(part) + 32 + len(after_sid)
-        key_frame, name = self._key_frame, self._name
-        ciphers, draws = self._ring.ciphers, self._entropy.draws
+        name, ciphers, draws = self._name, self._ring.ciphers, self._entropy.draws
         join, base64, padding = b"".join, b64encode, PADDING
 
-        def seal(head: bytes, person: PersonSecret | None, plaintext: bytes) -> bytes:
+        def frame(head: bytes) -> Frame:
+            size = (len(head) + fixed_size).to_bytes(4, "big")
+            return join((key_frame, size, head, part)), head + b'{"box":"'
+
+        def seal(frame: Frame, person: PersonSecret | None, plaintext: bytes) -> bytes:
+            aad_middle, before_box = frame
             if person is None:
-                return self.several(head, tail, ((group, None, plaintext),))
-            text = person.sid
-            cipher = ciphers.get((name, text)) or self._derive(text, person.secret)
+                return self.several(before_box[: -len(b'{"box":"')], tail, ((group, None, plaintext),))
+            text, secret = person
+            cipher = ciphers.get((name, text)) or self._derive(text, secret)
             sid = text.encode()
             seal_id, nonce = next(draws)
-            size = (len(head) + fixed_size).to_bytes(4, "big")
-            aad = join((aad_start, seal_id, sid_size, sid, key_frame, size, head, part, sid, after_sid))
+            aad = join((aad_start, seal_id, _SID_SIZE, sid, aad_middle, sid, after_sid))
             ciphertext = cipher.encrypt(nonce, plaintext + padding[len(plaintext) % 32], aad)
-            box = base64(seal_id + nonce + ciphertext)
-            return join((head, b'{"box":"', box, after_box, sid, after_sid))
+            return join((before_box, base64(seal_id + nonce + ciphertext), after_box, sid, after_sid))
 
-        return seal
+        return OnePart(frame, seal)
 
     def several(
         self,

@@ -17,6 +17,7 @@ A value is one JSON object with sorted keys and no white space. Its clear envelo
 """
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import orjson
@@ -51,13 +52,14 @@ class KeyId(NamedTuple):
     def __str__(self) -> str:
         return f"{self.domain}/{self.owner}/{self.epoch}/{self.version}"
 
-    @classmethod
-    def parse(cls, text: str) -> "KeyId":
+    @staticmethod
+    @lru_cache(maxsize=4096)
+    def parse(text: str) -> "KeyId":
         """Return the key id of a text. Raises ValueError if it is none."""
         domain, owner, epoch, version = text.split("/")
         if not (domain and owner and epoch and version.isascii() and version.isdigit()):
             raise ValueError("not a key id")
-        return cls(domain, owner, epoch, int(version))
+        return KeyId(domain, owner, epoch, int(version))
 
 
 class Part(NamedTuple):
@@ -78,6 +80,7 @@ class Sealed(NamedTuple):
     fields: Mapping[str, Any]
 
 
+@lru_cache(maxsize=4096)
 def key_info(key_id: KeyId, account: str) -> bytes:
     """Return the HKDF info of the record keys of an epoch key and an account."""
     return framed(
@@ -95,6 +98,7 @@ def framed(*parts: bytes) -> bytes:
     return b"".join([len(part).to_bytes(4, "big") + part for part in parts])
 
 
+@lru_cache(maxsize=4096)
 def aad_head(stream: str, owner: str, account: str, group: str) -> bytes:
     """Return the constant beginning of the AAD of all values of one stream, owner, account and field group."""
     return framed(b"%d" % VERSION, stream.encode(), owner.encode(), account.encode(), group.encode())

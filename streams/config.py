@@ -4,7 +4,7 @@ import tomllib
 from argparse import Namespace
 from importlib import resources
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import msgspec
 
@@ -15,6 +15,9 @@ DEFAULT_LOG = "sqlite:///streamveil-data/log.db"
 SQLITE = "sqlite:///"
 KAFKA = "kafka://"
 
+_Count = Annotated[int, msgspec.Meta(ge=1, le=100_000)]
+_Lease = Annotated[float, msgspec.Meta(gt=0, le=3600)]
+
 
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The keys of `streamveil.toml`; paths are relative to the file's folder."""
@@ -23,9 +26,10 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     policy: str = "default"
     roles: str | None = None
     kms: str | None = None
-    partitions: int = 4
-    batch_records: int = 2000
-    key_lease_s: float = 30.0
+    partitions: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 4
+    batch_records: _Count = 2000
+    lease_s: _Lease = 5.0  # of partitions: so long another worker waits for those of one that was killed
+    key_lease_s: _Lease = 30.0
 
 
 class Config(NamedTuple):
@@ -39,6 +43,7 @@ class Config(NamedTuple):
     roles_path: Path | None
     partitions: int
     batch_records: int
+    lease_s: float
     key_lease_s: float
 
     @property
@@ -75,6 +80,7 @@ def load(args: Namespace) -> Config:
         roles_path=base / settings.roles if settings.roles else None,
         partitions=settings.partitions,
         batch_records=settings.batch_records,
+        lease_s=settings.lease_s,
         key_lease_s=settings.key_lease_s,
     )
 

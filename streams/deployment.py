@@ -23,7 +23,7 @@ from streams.state.registries import Registries
 
 async def open_log(config: Config) -> Log:
     """Return the log of a configuration, made if there is none. Raises LogUnusable."""
-    return SqliteLog.open(config.log_path, partitions=config.partitions)
+    return SqliteLog.open(config.log_path, partitions=config.partitions, lease_s=config.lease_s)
 
 
 class Deployment:

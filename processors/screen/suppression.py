@@ -156,6 +156,12 @@ def scope_id(scope: str, account: str, sender: str, campaign: str | None, tokens
     return "platform"
 
 
+def covering_scopes(account: str, sender: str, campaign: str | None, tokens: Tokens) -> tuple[str, ...]:
+    """Return the full scopes that cover a request of an account from a sender, in a campaign if any."""
+    names = ("platform", "account", "sender", "campaign") if campaign else ("platform", "account", "sender")
+    return tuple(scope_id(name, account, sender, campaign, tokens) for name in names)
+
+
 def record_key(token_version: int, change: Change) -> bytes:
     """Return the key of a change in the `suppressions` stream."""
     end = "out" if change.out else "in"

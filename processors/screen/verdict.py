@@ -74,6 +74,7 @@ class Verdict(msgspec.Struct, frozen=True, gc=False):
 
 
 Trace = list[Asked] | None
+_ADDRESSES = (Kind.NUMBER, Kind.EMAIL, Kind.SIP)
 PASS, NOT_APPLICABLE = "pass", "not applicable"
 
 REASONS = (
@@ -84,9 +85,9 @@ REASONS = (
     "recipient_not_normalised",
     "opted_out",
     "blocked_by_officer",
-    "on_registry",
-    "registry_too_old",
     "registry_missing",
+    "registry_too_old",
+    "on_registry",
     "quiet_hours",
 )
 """Every reason for a refusal, in the order in which the rules are asked."""
@@ -118,7 +119,7 @@ def verdict(
         return _refuse("child", "REG-5", trace)
     if trace is not None:
         trace.append(Asked("child", "REG-5", PASS if marketing else NOT_APPLICABLE))
-    if marketing and subject.token is not None and subject.party.kind is Kind.UNKNOWN:
+    if marketing and subject.party.kind not in _ADDRESSES:
         return _refuse("recipient_not_normalised", "CAL-3", trace)
     found = suppressed(subject, view, policy)
     if found is not None:
@@ -176,7 +177,9 @@ def _refuse(
 
 def suppressed(subject: Subject, view: View, policy: Policy) -> str | None:
     """Return the reason if an opt-out or officer block of this person forbids this purpose on this channel."""
-    entries = None if subject.token is None else view.get(subject.token)
+    if subject.token is None or not subject.scopes:
+        return None
+    entries = view.get(subject.token)
     if entries is None:
         return None
     reason = None

@@ -1,9 +1,12 @@
 """The command line: nouns and verbs, one clear line per error, exit 1 for errors and 2 for wrong usage."""
 
 import argparse
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import NoReturn
 
 from schemas.errors import StreamveilError
@@ -18,6 +21,9 @@ _SAFE = (
     "expected one argument",
     "expected at least one argument",
 )
+
+
+_ROOT = Path(__file__).parents[2]
 
 
 class Parser(argparse.ArgumentParser):
@@ -71,10 +77,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"streamveil: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains at its end
         return 1
     except KeyboardInterrupt:
         return 130
+    except Exception as error:  # a bug of ours: its message and its traceback may hold what was worked on
+        print(f"streamveil: {_where(error)}", file=sys.stderr)
+        return 1
+
+
+def _where(error: Exception) -> str:
+    """Return a line about a bug of the program: which exception, and where; nothing of what it says."""
+    places = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_relative_to(_ROOT)]
+    place = f"{Path(places[-1].filename).relative_to(_ROOT)}:{places[-1].lineno}" if places else "an unknown place"
+    return f"internal error, please report this line: {type(error).__name__} at {place}"
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from streams.keys.reveal import Revealed
 from streams.log.protocol import Log, Stored
 
 PAGE = 500
+LAST = 10
 FOLLOW_S = 0.5
 
 
@@ -68,10 +69,7 @@ async def _pages(log: Log, args: argparse.Namespace) -> AsyncIterator[list[Store
     left = args.max if args.max is not None else sys.maxsize
     at = list(begins)
     if not args.from_beginning:
-        wanted = args.max if args.max is not None else 10
-        at = [max(begin, end - wanted) for begin, end in zip(begins, ends, strict=True)]
-        if not args.follow:
-            left = min(left, wanted)
+        at = _newest(begins, ends, LAST if args.max is None else args.max)
     while left > 0:
         for partition, end in enumerate(ends):
             while at[partition] < end and left > 0:
@@ -85,6 +83,17 @@ async def _pages(log: Log, args: argparse.Namespace) -> AsyncIterator[list[Store
             return
         await asyncio.sleep(FOLLOW_S)
         ends = await log.end_offsets(args.stream)
+
+
+def _newest(begins: list[int], ends: list[int], wanted: int) -> list[int]:
+    """Return where to begin, per partition, for the newest `wanted` records: as even a share of each as there is."""
+    at = list(ends)
+    there = [end - begin for begin, end in zip(begins, ends, strict=True)]
+    for done, partition in enumerate(sorted(range(len(ends)), key=there.__getitem__)):
+        share = min(there[partition], -(-max(0, wanted) // (len(ends) - done)))
+        at[partition] -= share
+        wanted -= share
+    return at
 
 
 def _shown(stored: Stored, opened: Revealed | None) -> dict[str, Any]:

@@ -146,6 +146,9 @@ class KeyCache:
     def _missing(self, needs: Needs, now_s: int) -> Needs:
         """Return what has to be asked for: not there, seals used up, or not kept for long enough."""
         seals, kept_until_s = self._seals, self._kept_until_s
+        wanted_s = {  # few deadlines, many people
+            deadline_s: _day_end(deadline_s) if deadline_s > now_s else 0 for deadline_s in set(needs.persons.values())
+        }
         return Needs(
             {
                 ref: need
@@ -155,7 +158,7 @@ class KeyCache:
             {
                 ref: deadline_s
                 for ref, deadline_s in needs.persons.items()
-                if kept_until_s.get(ref, 0) < _day_end(deadline_s) and _instant(deadline_s) > now_s
+                if kept_until_s.get(ref, 0) < wanted_s[deadline_s]
             },
         )
 

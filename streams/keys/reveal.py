@@ -16,7 +16,7 @@ import orjson
 from processors.pipeline import render_verdict
 from processors.plan import Planner
 from processors.retention import instant
-from processors.screen.suppression import Tokens, scope_id
+from processors.screen.suppression import Tokens, covering_scopes
 from processors.screen.verdict import GATEWAY_CODES, Subject, Verdict, suppressed
 from schemas.catalog import CATALOG, partition_for
 from schemas.errors import InputInvalid, RevealDenied
@@ -29,6 +29,7 @@ from streams.keys.store import Gone, KeyStore
 from streams.log.protocol import Log, Stored
 from streams.state.suppressions import SuppressionTail
 
+CLEARED = "cleared"
 _SALT = "salt:"
 _SID = re.compile(r"[0-9a-f]{32}")
 _CLASSES = classes_of(Request, Cdr, Preference)
@@ -83,92 +84,99 @@ class Revealer:
         Raises RevealDenied if the principal may not open the stream at all, InputInvalid for a reason that is not a
         code or case reference, and whatever keeps the audit entry from being written.
         """
-        return await self._reveal(messages, reason, "reveal")
+        results, _ = await self._reveal(messages, reason, "reveal")
+        return results
 
     async def open_batch(self, messages: Sequence[Stored], reason: str = "egress") -> list[Revealed]:
         """Return requests of the `cleared` stream opened for sending: the egress gateway's call.
 
         A request past its `not_after`, or whose recipient has opted out since, is `denied` with the reason
-        `too_late` or `opted_out` (or `blocked_by_officer`) and its second verdict is in `verdicts` on return. What
+        `too_late` or `opted_out` (or `blocked_by_officer`), and its second verdict is in `verdicts` on return. What
         is `revealed` may be sent now, until `not_after`; do not keep it. Blocks; 1,000 messages a call are a good size.
         """
-        if any(message.stream != "cleared" for message in messages):
+        if any(message.stream != CLEARED for message in messages):
             raise InputInvalid("open_batch takes messages of the stream cleared only")
-        await self._tail.catch_up()
-        now_s = int(self._clock())
-        opened = await self._reveal(messages, reason, "open_batch")
-        results: list[Revealed] = []
-        refused: dict[int, list[Message]] = {}
-        for message, result in zip(messages, opened, strict=True):
-            why = self._forbidden(message, result, now_s) if result.state is State.REVEALED else None
-            if why is None:
-                results.append(result)
-                continue
-            results.append(Revealed(State.DENIED, {}, (), why.reason))
-            refused.setdefault(message.partition, []).append(self._second_verdict(message, why, now_s))
-        if refused:
-            await self._log.append([Output("verdicts", partition, batch) for partition, batch in refused.items()])
+        results, refusals = await self._reveal(messages, reason, "open_batch")
+        if refusals:
+            await self._log.append([Output("verdicts", partition, batch) for partition, batch in refusals.items()])
         return results
 
-    def _forbidden(self, message: Stored, result: Revealed, now_s: int) -> Verdict | None:
-        """Return the refusal of an opened request that must not be sent any more, if so."""
-        envelope = orjson.loads(message.value)
-        if instant(now_s) > envelope["not_after"]:
-            return Verdict("too_late", "REG-3")
-        fields = result.fields
-        account_id = envelope["account_id"]
-        account = self._planner.policy.account(account_id)
-        if account is None:
-            return Verdict("account_unknown", "CAL-2")
-        region = account.default_region or fields.get("country")
-        party = normalise(fields["recipient"], region)
-        token = self._tokens.of(party.value) if party.is_person and party.value not in account.own else None
-        sender = normalise(fields["sender"], region).value
-        campaign = fields.get("campaign_id")
-        names = ("platform", "account", "sender", "campaign") if campaign else ("platform", "account", "sender")
-        scopes = tuple(scope_id(name, account_id, sender, campaign, self._tokens) for name in names)
-        subject = Subject(account_id, party, token, envelope["channel"], envelope["purpose"], None, False, None, scopes)
-        found = suppressed(subject, self._tail.view, self._planner.policy)
-        return None if found is None else Verdict(found, "KAL-5", GATEWAY_CODES)
-
-    def _second_verdict(self, message: Stored, why: Verdict, now_s: int) -> Message:
-        envelope = orjson.loads(message.value)
-        template = self._planner.output("verdicts", envelope["account_id"], now_s)
-        value = render_verdict(
-            template, envelope["record_id"], envelope["channel"], envelope["purpose"], why, now_s,
-            second=True,
-        )  # fmt: skip
-        return Message(now_s * 1000, None, template.headers, value)
-
-    async def _reveal(self, messages: Sequence[Stored], reason: str, action: str) -> list[Revealed]:
+    async def _reveal(
+        self, messages: Sequence[Stored], reason: str, action: str
+    ) -> tuple[list[Revealed], dict[int, list[Message]]]:
+        """Return each message opened, or why not, and by partition the second verdicts of what must not be sent."""
         if not REASON.fullmatch(reason):
             raise InputInvalid("the reason must be a code or case reference: at most 40 letters, digits, - _ /")
         now_s = int(self._clock())
         taken: list[Sealed | None] = []
         allowed: list[bool] = []
+        for stream in dict.fromkeys(message.stream for message in messages):
+            if not self._principal.may_open(stream, None):
+                raise RevealDenied(
+                    "this principal may not open this stream; ask for a grant in the roles file", stream=stream
+                )
+            if stream == CLEARED:
+                await self._tail.catch_up()
         for message in messages:
-            if not self._principal.may_open(message.stream, None):
-                raise RevealDenied("this principal may not open this stream; ask for a grant in the roles file",
-                                   stream=message.stream)  # fmt: skip
             try:
-                taken.append(take_apart(message.value))
+                sealed = take_apart(message.value)
             except ValueError:
                 taken.append(None)
-            sealed = taken[-1]
-            allowed.append(sealed is not None and self._principal.may_open(message.stream, sealed.account or None))
+                allowed.append(False)
+            else:
+                taken.append(sealed)
+                allowed.append(self._principal.may_open(message.stream, sealed.account or None))
         await self._audit(messages, taken, allowed, reason, action, now_s)
         parts = [part for sealed, may in zip(taken, allowed, strict=True) if sealed and may for part in sealed.parts]
         epochs = self._store.open_epochs(_key_ids(parts), now_s)
         persons = self._store.open_persons({part.sid for part in parts if _SID.fullmatch(part.sid)})
         now_at = instant(now_s)
-        return [
-            Revealed(State.CORRUPT, {})
-            if sealed is None
-            else Revealed(State.DENIED, {}, (), "not_granted_for_account")
-            if not may
-            else _open(message.stream, sealed, epochs, persons, now_at)
-            for message, sealed, may in zip(messages, taken, allowed, strict=True)
-        ]
+        results: list[Revealed] = []
+        refusals: dict[int, list[Message]] = {}
+        for message, sealed, may in zip(messages, taken, allowed, strict=True):
+            if sealed is None:
+                result = Revealed(State.CORRUPT, {})
+            elif not may:
+                result = Revealed(State.DENIED, {}, (), "not_granted_for_account")
+            else:
+                result = _open(message.stream, sealed, epochs, persons, now_at)
+                if message.stream == CLEARED and result.state is State.REVEALED:
+                    why = self._forbidden(sealed, result.fields, now_at)
+                    if why is not None:
+                        result = Revealed(State.DENIED, {}, (), why.reason)
+                        refusals.setdefault(message.partition, []).append(self._second_verdict(sealed, why, now_s))
+            results.append(result)
+        return results, refusals
+
+    def _forbidden(self, sealed: Sealed, fields: Mapping[str, Any], now_at: str) -> Verdict | None:
+        """Return the refusal of an opened request that must not be sent any more, if so."""
+        if now_at > sealed.fields["not_after"]:
+            return Verdict("too_late", "REG-3")
+        account_id = sealed.account
+        account = self._planner.policy.account(account_id)
+        if account is None:
+            return Verdict("account_unknown", "CAL-2")
+        region = account.default_region or fields.get("country")
+        party = normalise(fields["recipient"], region)
+        if not party.is_person or party.value in account.own:
+            return None
+        token = self._tokens.of(party.value)
+        if self._tail.view.get(token) is None:
+            return None
+        sender = normalise(fields["sender"], region).value
+        scopes = covering_scopes(account_id, sender, fields.get("campaign_id"), self._tokens)
+        channel, purpose = sealed.fields["channel"], sealed.fields["purpose"]
+        subject = Subject(account_id, party, token, channel, purpose, None, False, None, scopes)
+        found = suppressed(subject, self._tail.view, self._planner.policy)
+        return None if found is None else Verdict(found, "KAL-5", GATEWAY_CODES)
+
+    def _second_verdict(self, sealed: Sealed, why: Verdict, now_s: int) -> Message:
+        envelope = sealed.fields
+        template = self._planner.output("verdicts", sealed.account, now_s)
+        value = render_verdict(
+            template, envelope["record_id"], envelope["channel"], envelope["purpose"], why, now_s, second=True
+        )
+        return Message(now_s * 1000, None, template.headers, value)
 
     async def _audit(
         self,

@@ -19,6 +19,7 @@ from streams.state.registries import Registries
 from streams.state.suppressions import SuppressionTail
 
 POLL_S = 0.25
+IDLE_POLL_S = 0.02
 FORGET_EVERY_S = 5.0
 """Committed clear traffic is deleted from disk at least this often while a worker runs (bound: 60 s)."""
 _BACKOFF_S = (0.05, 0.1, 0.2, 0.5, 1.0)
@@ -68,7 +69,7 @@ class Worker:
         try:
             while not self.stopping.is_set():
                 try:
-                    if not await self._step() and until_idle and await self._consumer.at_end():
+                    if not await self._step(IDLE_POLL_S if until_idle else POLL_S) and until_idle and await self._consumer.at_end():
                         break
                     waits = 0
                 except Retriable as error:
@@ -81,12 +82,12 @@ class Worker:
             await self._consumer.close()
             self._keys.close()
 
-    async def _step(self) -> bool:
+    async def _step(self, timeout_s: float) -> bool:
         """Do one batch, or wait a moment for one; return whether there was one."""
         if self._lease.due():
             self._lease.renew()
         await self._tail.catch_up()
-        batch = await self._consumer.poll(self._batch_records, POLL_S)
+        batch = await self._consumer.poll(self._batch_records, timeout_s)
         if batch is not None:
             await self._process(batch)
         await self._forget()

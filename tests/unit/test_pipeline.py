@@ -554,7 +554,8 @@ def test_billing_can_charge_every_record_from_the_anonymous_one_alone():
     [
         ({"billable_s": 0}, 60, 0), ({"billable_s": 1}, 60, 1), ({"billable_s": 60}, 60, 1),
         ({"billable_s": 61}, 60, 2), ({"billable_s": 61}, 1, 61), ({"billable_s": 61}, 6, 11),
-        ({"billable_s": 604_800}, 3600, 168), ({"duration_s": 90, "billable_s": 30}, 60, 1), ({"duration_s": 90, "billable_s": ...}, 60, 2),
+        ({"billable_s": 604_800}, 3600, 168), ({"duration_s": 90, "billable_s": 30}, 60, 1),
+        ({"duration_s": 90, "billable_s": ...}, 60, 2),
         ({"duration_s": ..., "billable_s": ...}, 60, None),
     ],
 )  # fmt: skip

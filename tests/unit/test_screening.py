@@ -1,0 +1,561 @@
+"""What is refused, in which order, with which reason and codes; and how opt-outs act within and across batches."""
+
+from datetime import UTC, datetime
+from itertools import product
+
+import orjson
+import pytest
+
+from processors.pipeline import Outcome
+from processors.screen.quiet_hours import QuietHours
+from processors.screen.suppression import Rule, Suppressions, parse_key
+from processors.screen.verdict import GATEWAY_CODES, REASONS, Asked, Subject, verdict
+from schemas.fields import Kind, Party, normalise
+from tests.support.records import (
+    AT,
+    DEFAULT_POLICY,
+    NOW_S,
+    OTHER,
+    PERSON,
+    TOKENS,
+    Lists,
+    account,
+    policy_of,
+    preference,
+    reply,
+    run,
+    sms_cdr,
+    sms_request,
+    voice_cdr,
+    voice_request,
+)
+
+US = "+14155550123"
+DAY_S = 86_400
+PURPOSES = ("marketing", "transactional", "otp", "service")
+BLOCKS = {"all": PURPOSES, "marketing": ("marketing",), "service": ("service", "transactional")}
+QUIET = '[screening.quiet_hours]\nstart = "21:00"\nend = "08:00"\ncountries = ["US"]\nclause = "REG-3"\n'
+
+
+def instant(text):
+    return int(datetime.fromisoformat(text).timestamp())
+
+
+def shape(seconds):
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def decided(value, **settings):
+    """The verdict on one request, after seeing that its outcome and the `cleared` stream agree with it."""
+    done = run([value], **settings)
+    (found,) = done.values("verdicts")
+    assert (found["verdict"] == "cleared") == (found["reason"] is None) == (len(done.of("cleared")) == 1)
+    assert done.outcomes == [Outcome("request", "emit" if found["reason"] is None else "refuse", found["reason"])]
+    return found
+
+
+def reason(value, **settings):
+    return decided(value, **settings)["reason"]
+
+
+def entry(*, number=PERSON, scope="account:acme", class_="all", channel="sms", authority="person", out=True, event_s=0):
+    """A view in which one number has one entry."""
+    view = Suppressions()
+    view.apply(TOKENS.of(number), Rule(scope, class_, channel, authority), out=out, event_s=event_s)
+    return view
+
+
+def marketing(**fields):
+    return sms_request(**{"purpose": "marketing", **fields})
+
+
+# --- the order of the rules ---------------------------------------------------------------------------------
+
+ORDER = (
+    "request_expired", "country_not_allowed", "child", "opted_out", "blocked_by_officer", "registry_too_old",
+    "on_registry", "quiet_hours",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("first", range(len(ORDER)))
+def test_of_several_reasons_the_first_rule_in_order_decides(first):
+    # Given a marketing request at night that breaks this rule and every later one
+    broken, night = ORDER[first:], instant("2026-11-21T09:00:00Z")
+    view = Suppressions()
+    for name, authority in (("opted_out", "person"), ("blocked_by_officer", "officer")):
+        if name in broken:
+            view.apply(TOKENS.of(US), Rule("account:acme", "all", "sms", authority), out=True, event_s=0)
+    request = marketing(
+        recipient=US,
+        country="FR" if "country_not_allowed" in broken else "US",
+        child="child" in broken,
+        occurred_at="2026-11-19T00:00:00Z" if "request_expired" in broken else shape(night),
+    )
+    lists = Lists(us_dnc=(night - 32 * DAY_S * ("registry_too_old" in broken), {US} if "on_registry" in broken else ()))
+    policy = policy_of(account("acme", 'countries = ["US"]') + QUIET)
+    # When it is screened, then that rule is the reason
+    assert reason(request, policy=policy, view=view, registries=lists, now_s=night) == ORDER[first]
+
+
+def test_the_reasons_are_listed_in_the_order_of_the_rules():
+    assert [name for name in REASONS if name in ORDER] == list(ORDER)
+
+
+def test_every_rule_asked_can_be_listed_with_its_clause():
+    policy = policy_of(account("acme", 'countries = ["US"]') + QUIET)
+    noon = instant("2026-11-21T20:00:00Z")
+    party = normalise(US)
+    subject = Subject("acme", party, TOKENS.of(US), "sms", "marketing", "US", False, noon, ("platform",))
+    quiet = QuietHours(policy.screening.quiet_hours.start_time, policy.screening.quiet_hours.end_time, noon)
+    lists = Lists(us_dnc=(noon, set()))
+    trace = []
+    found = verdict(subject, Suppressions(), lists, policy, policy.account("acme"), quiet, noon, trace)
+    assert found.cleared
+    assert trace == [
+        Asked("country_allow_list", "CAL-11", "pass"),
+        Asked("child", "REG-5", "pass"),
+        Asked("suppression", "KAL-5", "pass"),
+        Asked("registry us-dnc", "REG-2", "pass"),
+        Asked("quiet_hours", "REG-3", "pass"),
+    ]
+    assert verdict(subject, Suppressions(), lists, policy, policy.account("acme"), quiet, noon) == found
+
+
+# --- the verdict --------------------------------------------------------------------------------------------
+
+
+def test_a_verdict_has_exactly_its_fields():
+    fields = {"v", "record_id", "account_id", "channel", "purpose", "verdict", "reason", "clause", "codes",
+              "decided_at", "not_after", "defer_until", "second", "privacy"}  # fmt: skip
+    for view in (Suppressions(), entry()):
+        done = run([sms_request(record_id="x-1")], view=view)
+        (message,) = done.of("verdicts")
+        found = orjson.loads(message.value)
+        assert set(found) == fields
+        assert (found["v"], found["record_id"], found["account_id"]) == (1, "x-1", "acme")
+        assert (found["channel"], found["purpose"], found["second"]) == ("sms", "transactional", False)
+        assert found["decided_at"] == shape(NOW_S)
+        assert message.timestamp_ms == NOW_S * 1000
+
+
+def test_a_refusal_for_an_opt_out_carries_the_codes_that_gateways_know():
+    codes = {"twilio": 21610, "telnyx": 40300, "plivo": 200, "vonage": 9, "sinch": 257, "infobip": 2050}
+    assert codes == GATEWAY_CODES
+    assert decided(sms_request(), view=entry())["codes"] == codes
+    assert decided(sms_request(), view=entry(authority="officer"))["codes"] == codes
+    assert decided(marketing(recipient=US), registries=Lists(us_dnc=(NOW_S, {US})))["codes"] == codes
+
+
+def test_other_verdicts_carry_no_codes():
+    assert decided(sms_request())["codes"] == {}
+    assert decided(marketing(child=True))["codes"] == {}
+    assert decided(sms_request(recipient=""))["codes"] == {}
+
+
+@pytest.mark.parametrize("record_id", ['"', "\\", '"}],"', "a b", "~!@#$%^&*()", "x" * 128])
+def test_any_record_id_stands_in_verdict_and_envelope_as_it_is(record_id):
+    done = run([sms_request(record_id=record_id), sms_request(record_id="next")])
+    assert [value["record_id"] for value in done.values("verdicts")] == [record_id, "next"]
+    assert [value["record_id"] for value in done.values("cleared")] == [record_id, "next"]
+    assert [opened["primary"]["record_id"] for opened in done.opened("cleared")] == [record_id, "next"]
+
+
+# --- each rule ----------------------------------------------------------------------------------------------
+
+
+def test_a_request_older_than_24_hours_is_refused():
+    for purpose in PURPOSES:
+        assert reason(sms_request(purpose=purpose, occurred_at=shape(NOW_S - DAY_S))) is None
+        assert reason(sms_request(purpose=purpose, occurred_at=shape(NOW_S - DAY_S - 1))) == "request_expired"
+
+
+def test_a_request_of_any_age_is_refused_and_never_an_error():
+    for at in ("0001-01-01T00:00:00Z", "1970-01-01T00:00:00Z", "2014-05-05T05:05:05Z"):
+        assert reason(sms_request(occurred_at=at)) == "request_expired"
+
+
+@pytest.mark.parametrize("recipient", ["", "anonymous", " "])
+def test_a_request_to_nobody_is_refused(recipient):
+    assert reason(sms_request(recipient=recipient)) == "no_recipient"
+
+
+@pytest.mark.parametrize(
+    ("fields", "allowed"),
+    [
+        ({"country": "DE"}, True), ({"country": "US"}, False), ({"country": "AT"}, True),
+        ({"recipient": "+4915112345678"}, True), ({"recipient": "+436641234567"}, True), ({"recipient": US}, False),
+        ({"recipient": "+33612345678"}, False), ({"recipient": "12345"}, False),
+        ({"recipient": "12345", "country": "DE"}, True),
+        ({"recipient": "ann@example.org"}, False), ({"recipient": US, "country": "DE"}, True),
+    ],
+)  # fmt: skip
+def test_only_countries_of_the_allow_list_are_served(fields, allowed):
+    policy = policy_of(account("acme", 'countries = ["DE", "AT"]'))
+    for purpose in PURPOSES:
+        found = reason(sms_request(purpose=purpose, **fields), policy=policy)
+        assert found == (None if allowed else "country_not_allowed")
+    assert reason(sms_request(account_id="other", **fields), policy=policy) is None
+
+
+def test_a_country_that_shares_its_code_is_allowed_only_with_all_who_share_it():
+    only = policy_of(account("acme", 'countries = ["US"]'))
+    assert reason(sms_request(recipient=US), policy=only) == "country_not_allowed"
+    assert reason(sms_request(recipient=US, country="US"), policy=only) is None
+
+
+def test_a_child_is_never_marketed_to_and_still_gets_the_rest():
+    for build, purpose in product((sms_request, voice_request), PURPOSES):
+        expected = "child" if purpose == "marketing" else None
+        assert reason(build(purpose=purpose, child=True)) == expected
+        assert reason(build(purpose=purpose, child=False)) is None
+
+
+def test_marketing_to_somebody_whose_number_is_unreadable_is_refused():
+    for purpose in PURPOSES:
+        expected = "recipient_not_normalised" if purpose == "marketing" else None
+        assert reason(sms_request(purpose=purpose, recipient="somebody over there")) == expected
+    assert reason(marketing(recipient="ann@example.org")) is None
+
+
+SCOPES = {
+    "platform": ("platform", lambda _: True),
+    "account": ("account:acme", lambda request: request["account_id"] == "acme"),
+    "sender": (
+        f"sender:acme:{TOKENS.of('ACME').hex()}",
+        lambda request: request["sender"] == "ACME" and request["account_id"] == "acme",
+    ),
+    "campaign": (
+        "campaign:acme:spring",
+        lambda request: request.get("campaign_id") == "spring" and request["account_id"] == "acme",
+    ),
+}
+REQUESTS = [
+    {"account_id": name, "sender": sender, **campaign}
+    for name, sender, campaign in product(
+        ("acme", "other"), ("ACME", "SHOP"), ({}, {"campaign_id": "spring"}, {"campaign_id": "autumn"})
+    )
+]
+
+
+@pytest.mark.parametrize("authority", ["person", "officer"])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_an_opt_out_blocks_its_scope_and_nothing_beyond(scope, authority):
+    text, covers = SCOPES[scope]
+    view = entry(scope=text, authority=authority)
+    word = "opted_out" if authority == "person" else "blocked_by_officer"
+    for fields in REQUESTS:
+        assert reason(sms_request(**fields), view=view) == (word if covers(fields) else None)
+
+
+@pytest.mark.parametrize("class_", BLOCKS)
+@pytest.mark.parametrize("channel", ["sms", "voice"])
+def test_an_opt_out_blocks_the_purposes_of_its_class_on_its_channel(class_, channel):
+    view = entry(class_=class_, channel=channel)
+    for build, purpose in product((sms_request, voice_request), PURPOSES):
+        blocked = purpose in BLOCKS[class_] and build is {"sms": sms_request, "voice": voice_request}[channel]
+        assert reason(build(purpose=purpose), view=view) == ("opted_out" if blocked else None)
+
+
+def test_what_an_opt_out_of_class_all_blocks_is_policy():
+    policy = policy_of(default=DEFAULT_POLICY.replace(
+        'all = ["marketing", "transactional", "otp", "service"]', 'all = ["marketing", "transactional"]'
+    ))  # fmt: skip
+    for purpose in PURPOSES:
+        blocked = purpose in ("marketing", "transactional")
+        assert reason(sms_request(purpose=purpose), view=entry(), policy=policy) == ("opted_out" if blocked else None)
+
+
+def test_an_opt_out_is_of_one_person():
+    assert reason(sms_request(recipient=OTHER), view=entry()) is None
+    assert reason(sms_request(recipient="0049 151 12345678"), view=entry()) == "opted_out"
+    assert reason(sms_request(recipient="0151 12345678", country="DE"), view=entry()) == "opted_out"
+
+
+def test_a_persons_opt_out_comes_before_an_officers_block():
+    view = entry(authority="officer")
+    view.apply(TOKENS.of(PERSON), Rule("platform", "all", "sms", "person"), out=True, event_s=0)
+    assert reason(sms_request(), view=view) == "opted_out"
+
+
+def test_a_lifted_opt_out_blocks_nothing_and_a_lift_of_one_entry_no_other():
+    view = entry(event_s=10)
+    view.apply(TOKENS.of(PERSON), Rule("platform", "all", "sms", "officer"), out=True, event_s=10)
+    rule = Rule("account:acme", "all", "sms", "person")
+    view.apply(TOKENS.of(PERSON), rule, out=False, event_s=11)
+    assert reason(sms_request(), view=view) == "blocked_by_officer"
+    view.apply(TOKENS.of(PERSON), Rule("platform", "all", "sms", "officer"), out=False, event_s=11)
+    assert reason(sms_request(), view=view) is None
+
+
+# --- registries ---------------------------------------------------------------------------------------------
+
+
+def test_a_listed_number_is_not_marketed_to_and_still_gets_the_rest():
+    lists = Lists(us_dnc=(NOW_S, {US}))
+    for build, purpose in product((sms_request, voice_request), PURPOSES):
+        expected = "on_registry" if purpose == "marketing" else None
+        assert reason(build(purpose=purpose, recipient=US), registries=lists) == expected
+        assert reason(build(purpose=purpose, recipient=PERSON), registries=lists) is None
+    assert reason(marketing(recipient="(415) 555-0123", country="US"), registries=lists) == "on_registry"
+
+
+def test_a_registry_is_asked_about_its_own_country_only():
+    lists = Lists(us_dnc=(NOW_S, {US}))
+    assert reason(marketing(recipient=US, country="CA"), registries=lists) is None
+    assert reason(marketing(recipient=US, country="US"), registries=lists) == "on_registry"
+
+
+def test_a_registry_of_31_days_is_used_and_an_older_one_refuses_all_marketing_to_its_country():
+    for age, expected in ((0, None), (31 * DAY_S, None), (31 * DAY_S + 1, "registry_too_old"), (-5 * DAY_S, None)):
+        lists = Lists(us_dnc=(NOW_S - age, set()))
+        assert reason(marketing(recipient=US), registries=lists) == expected
+        assert reason(marketing(recipient=PERSON), registries=lists) is None
+        assert reason(sms_request(recipient=US), registries=lists) is None
+
+
+def test_a_registry_that_is_not_loaded_refuses_only_where_the_policy_requires_it():
+    required = policy_of(default=DEFAULT_POLICY.replace("required = false", "required = true"))
+    assert reason(marketing(recipient=US)) is None
+    assert reason(marketing(recipient=US), policy=required) == "registry_missing"
+    assert reason(marketing(recipient=PERSON), policy=required) is None
+    assert reason(sms_request(recipient=US), policy=required) is None
+
+
+def test_a_registry_of_one_channel_is_not_asked_on_the_other():
+    policy = policy_of(default=DEFAULT_POLICY.replace('channels = ["sms", "voice"]\nmax', 'channels = ["voice"]\nmax'))
+    lists = Lists(us_dnc=(NOW_S, {US}))
+    assert reason(marketing(recipient=US), registries=lists, policy=policy) is None
+    assert reason(voice_request(recipient=US, purpose="marketing"), registries=lists, policy=policy) == "on_registry"
+
+
+# --- quiet hours and not_after ------------------------------------------------------------------------------
+
+
+def test_marketing_in_quiet_hours_is_refused_until_they_end():
+    # Given a number in California, where it is 1 in the morning
+    night = instant("2026-11-21T09:00:00Z")
+    policy = policy_of(QUIET)
+    found = decided(marketing(recipient=US, country="US"), policy=policy, now_s=night)
+    assert (found["reason"], found["clause"]) == ("quiet_hours", "REG-3")
+    assert found["defer_until"] == "2026-11-21T16:00:00Z"
+    assert found["not_after"] is None
+    # Then what is no marketing, or goes elsewhere, may go
+    assert reason(sms_request(recipient=US), policy=policy, now_s=night) is None
+    assert reason(marketing(recipient=PERSON), policy=policy, now_s=night) is None
+    assert reason(marketing(recipient=US), now_s=night) is None
+
+
+@pytest.mark.parametrize(
+    ("purpose", "minutes"), [("marketing", 15), ("transactional", 60), ("otp", 10), ("service", 60)]
+)
+def test_a_cleared_request_may_be_sent_for_as_long_as_the_policy_says(purpose, minutes):
+    done = run([sms_request(purpose=purpose)])
+    until = shape(NOW_S + minutes * 60)
+    assert done.values("verdicts")[0]["not_after"] == done.values("cleared")[0]["not_after"] == until
+
+
+def test_marketing_is_never_sent_past_the_start_of_quiet_hours():
+    policy = policy_of(QUIET)
+    evening = instant("2026-11-22T04:50:00Z")  # 20:50 in California
+    found = decided(marketing(recipient=US, country="US", occurred_at=shape(evening)), policy=policy, now_s=evening)
+    assert found["not_after"] == "2026-11-22T05:00:00Z"
+    earlier = evening - 600
+    found = decided(marketing(recipient=US, country="US", occurred_at=shape(earlier)), policy=policy, now_s=earlier)
+    assert found["not_after"] == shape(earlier + 15 * 60)
+    found = decided(sms_request(recipient=US, occurred_at=shape(evening)), policy=policy, now_s=evening)
+    assert found["not_after"] == shape(evening + 3600)
+
+
+# --- keywords, within a batch and beyond --------------------------------------------------------------------
+
+
+def test_a_stop_acts_from_the_next_record_on():
+    done = run([sms_request(), reply("STOP"), sms_request(), voice_request(), sms_request(recipient=OTHER)])
+    assert [value["reason"] for value in done.values("verdicts")] == [None, "opted_out", "opted_out", None]
+
+
+def test_a_stop_acts_in_the_next_batch_once_its_own_is_merged():
+    view = Suppressions()
+    first = run([reply("STOP")], view=view)
+    assert reason(sms_request(), view=view) is None
+    view.merge(first.prepared.overlay)
+    assert reason(sms_request(), view=view) == "opted_out"
+
+
+def test_preparing_a_batch_changes_no_view():
+    view = entry(class_="marketing")
+    before = {PERSON: dict(view.get(TOKENS.of(PERSON)))}
+    run([reply("STOP"), preference("opt_in", **{"class": "marketing"}), reply("STOP", sender=OTHER)], view=view)
+    assert {PERSON: dict(view.get(TOKENS.of(PERSON)))} == before
+    assert view.get(TOKENS.of(OTHER)) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["STOP", "stop", " Stop. ", "ＳＴＯＰ", "STOP ALL", "unsubscribe", "Arrêt", "ARRET", "opt-out", "TD", "END!"],
+)
+def test_a_keyword_opts_out_of_all_on_both_channels_at_account_scope(text):
+    done = run([reply(text)])
+    entries = [parse_key(message.key) for message in done.of("suppressions")]
+    assert [(rule, out) for _, _, rule, out in entries] == [
+        (Rule("account:acme", "all", channel, "person"), True) for channel in ("sms", "voice")
+    ]
+    assert {token for _, token, _, _ in entries} == {TOKENS.of(PERSON)}
+    assert [value["reason"] for value in done.values("suppressions")] == ["keyword"] * 2
+    assert [opened["number"] for opened in done.opened("suppressions")] == [{"number": PERSON}] * 2
+
+
+def test_what_a_keyword_does_is_policy():
+    policy = policy_of(default=DEFAULT_POLICY.replace(
+        'scope = "account"\nclass = "all"\nchannels = ["sms", "voice"]',
+        'scope = "sender"\nclass = "marketing"\nchannels = ["sms"]',
+    ))  # fmt: skip
+    (message,) = run([reply("STOP")], policy=policy).of("suppressions")
+    assert parse_key(message.key)[2] == Rule(f"sender:acme:{TOKENS.of('12345').hex()}", "marketing", "sms", "person")
+
+
+@pytest.mark.parametrize("text", ["please stop", "STOP it", "stopp", "SOTP", "I want to unsubscribe"])
+def test_a_near_miss_goes_to_review_and_changes_no_verdict(text):
+    done = run([reply(text), sms_request(), marketing()])
+    assert [value["reason"] for value in done.values("verdicts")] == [None, None]
+    assert not done.of("suppressions")
+    assert done.opened("review") == [
+        {"review": {"record_id": "rec-1", "occurred_at": AT, "sender": PERSON, "recipient": "12345", "content": text}}
+    ]
+
+
+@pytest.mark.parametrize(
+    "text", ["hello", "YES", "GO", "the bus stop is at the corner of the street, walk there and wait", ""]
+)
+def test_any_other_text_does_nothing(text):
+    done = run([reply(text)], view=entry())
+    assert not {"suppressions", "review"} & done.streams
+
+
+def test_only_inbound_sms_of_a_person_is_read_for_keywords():
+    outbound = sms_cdr(content="STOP")
+    request = sms_request(content="STOP")
+    call = voice_cdr(direction="mo", sender=PERSON, transcript="STOP")
+    nobody = reply("STOP", sender="anonymous")
+    short = reply("STOP", sender="12345", recipient="54321")
+    assert "suppressions" not in run([outbound, request, call, nobody, short]).streams
+
+
+def test_a_stop_without_a_stored_text_still_counts():
+    policy = policy_of(account("acme", 'content = "never"'))
+    done = run([reply("STOP")], policy=policy)
+    assert "content" not in done.streams
+    assert len(done.of("suppressions")) == 2
+
+
+def later(seconds):
+    return shape(instant(AT) + seconds)
+
+
+def test_a_start_lifts_the_same_entry_and_no_other():
+    # Given a person who stopped one account, and is blocked at the platform by an officer elsewhere
+    view = Suppressions()
+    for account_id in ("acme", "other"):
+        view.merge(run([reply("STOP", account_id=account_id)], view=view).prepared.overlay)
+    view.apply(TOKENS.of(PERSON), Rule("account:acme", "marketing", "sms", "person"), out=True, event_s=0)
+    # When the person starts the one again
+    done = run(
+        [reply("START", occurred_at=later(60)), sms_request(), marketing(), sms_request(account_id="other")], view=view
+    )
+    # Then that account may write again, but for what was opted out of by itself; the other may not
+    assert [value["reason"] for value in done.values("verdicts")] == [None, "opted_out", "opted_out"]
+    assert [orjson.loads(message.value)["action"] for message in done.of("suppressions")] == ["opt_in"] * 2
+
+
+@pytest.mark.parametrize(("seconds", "lifted"), [(1, True), (0, False), (-1, False), (-3600, False)])
+def test_a_start_lifts_only_if_it_is_later_by_event_time(seconds, lifted):
+    done = run([reply("STOP"), reply("START", occurred_at=later(seconds)), sms_request()])
+    assert done.values("verdicts")[0]["reason"] == (None if lifted else "opted_out")
+    assert len(done.of("suppressions")) == (4 if lifted else 2)
+
+
+def test_a_start_lifts_only_if_it_is_later_in_the_log_too():
+    done = run([reply("START", occurred_at=later(60)), reply("STOP"), sms_request()])
+    assert done.values("verdicts")[0]["reason"] == "opted_out"
+    assert len(done.of("suppressions")) == 2
+
+
+def test_a_start_never_lifts_an_officers_block():
+    view = entry(authority="officer")
+    done = run([reply("START"), preference("opt_in"), sms_request()], view=view)
+    assert done.values("verdicts")[0]["reason"] == "blocked_by_officer"
+
+
+def test_an_event_far_ahead_is_clamped_so_that_it_can_be_lifted():
+    # Given a STOP stamped a day ahead of the clock
+    done = run([reply("STOP", occurred_at=shape(NOW_S + DAY_S))])
+    # Then it counts as five minutes ahead, and no opt-in can be stamped further ahead either
+    assert {value["event_at"] for value in done.values("suppressions")} == {shape(NOW_S + 300)}
+    ahead = shape(NOW_S + DAY_S)
+    again = reply("STOP", occurred_at=shape(NOW_S + 10))
+    done = run(
+        [reply("STOP"), reply("START", occurred_at=ahead), again, reply("START", occurred_at=ahead), sms_request()]
+    )
+    assert done.values("verdicts")[0]["reason"] is None
+
+
+# --- preferences --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scope", ["platform", "account", "sender", "campaign"])
+@pytest.mark.parametrize("class_", ["all", "marketing", "service"])
+@pytest.mark.parametrize("channel", ["sms", "voice"])
+def test_a_preference_is_of_exactly_its_scope_class_and_channel(scope, class_, channel):
+    done = run([preference(scope=scope, channel=channel, campaign_id="spring", **{"class": class_})])
+    (message,) = done.of("suppressions")
+    version, token, rule, out = parse_key(message.key)
+    texts = {"platform": "platform", "account": "account:acme", "campaign": "campaign:acme:spring"}
+    assert rule == Rule(texts.get(scope, f"sender:acme:{TOKENS.of('ACME').hex()}"), class_, channel, "person")
+    assert (version, token, out) == (1, TOKENS.of(PERSON), True)
+    assert done.values("suppressions")[0]["reason"] == "preference"
+
+
+def test_a_preference_acts_from_the_next_record_on_and_can_be_lifted_later():
+    done = run([preference(), sms_request(), preference("opt_in", occurred_at=later(1)), sms_request()])
+    assert [value["reason"] for value in done.values("verdicts")] == ["opted_out", None]
+
+
+def test_an_opt_in_without_an_opt_out_lifts_nothing_and_is_no_record():
+    done = run([preference("opt_in"), reply("START")])
+    assert not done.of("suppressions")
+    assert done.outcomes[0] == Outcome("preference", "emit", "lifts_nothing")
+
+
+def test_an_opt_out_is_always_recorded_even_twice():
+    done = run([preference(), preference(), preference(occurred_at=later(-60))])
+    assert len(done.of("suppressions")) == 3
+    assert {value["event_at"] for value in done.values("suppressions")} == {AT}
+
+
+@pytest.mark.parametrize("sender", ["ACME", "12345", "anonymous", ""])
+def test_a_preference_of_nobody_is_quarantined(sender):
+    assert run([preference(sender=sender)]).outcomes == [Outcome("preference", "quarantine", "bad_value:sender")]
+
+
+def test_the_senders_own_number_in_a_scope_is_a_token_and_never_the_number():
+    done = run([preference(scope="sender", recipient=OTHER), sms_request(sender=OTHER), sms_request(sender="ACME")])
+    assert [value["reason"] for value in done.values("verdicts")] == ["opted_out", None]
+    (message,) = done.of("suppressions")
+    assert OTHER[1:].encode() not in message.value + message.key
+    # and it is the same sender however the number is written
+    done = run([preference(scope="sender", recipient="001 415-555-0123"), sms_request(sender=OTHER)])
+    assert done.values("verdicts")[0]["reason"] == "opted_out"
+
+
+def test_an_opted_out_person_is_kept_in_the_entry_sealed_with_no_secret_of_the_person():
+    done = run([preference()])
+    (value,) = done.values("suppressions")
+    (part,) = value["sealed"]
+    assert (part["sid"], part["key"]) == ("-", "suppression/platform/-/1")
+    assert not done.prepared.needs.persons
+    assert value["entry"].encode() == done.of("suppressions")[0].key
+
+
+def test_a_subject_and_a_party_show_nothing():
+    shown = repr(Subject("acme", Party(Kind.NUMBER, PERSON, True), b"t" * 16, "sms", "otp", None, False, 0, ()))
+    assert shown == "Subject(sms, otp)"
