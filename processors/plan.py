@@ -159,7 +159,10 @@ class Planner:
         row = CATALOG[stream]
         moment = self.calendar.moment(now_s)
         unit_s = _HOUR_S if row.domain is Domain.TRANSIT else _DAY_S
-        deadline = None if row.max_hours is None else now_s // unit_s * unit_s + row.max_hours * _HOUR_S
+        if row.max_hours is not None:
+            deadline_s = now_s // unit_s * unit_s + row.max_hours * _HOUR_S
+        else:
+            deadline_s = self.calendar.created_deadline_s(row.data_class, now_s)
         tag = tags(self.policy, account_id, row.data_class, _day(now_s), to_account=stream == "verdicts")
         owner = PLATFORM
         if row.domain is Domain.TRANSIT:
@@ -170,7 +173,7 @@ class Planner:
             Domain.SUPPRESSION: "-",
         }.get(row.domain or Domain.PII, "")
         ref = EpochRef(row.domain.value, owner, epoch) if row.domain is not None else None
-        return self._template(stream, account_id, ref, deadline, tag)
+        return self._template(stream, account_id, ref, deadline_s, tag)
 
     def _make(self, account_id: str, account: Account, ts: int) -> Plan:
         """Return the plan of a slot: that of its day, at its moment."""

@@ -77,12 +77,13 @@ def instant(ts: int) -> str:
 class Calendar:
     """The calendar of one policy, for the hot path: one moment is worked out for each quarter of an hour."""
 
-    __slots__ = ("_anonymous", "_by_day", "_moments", "_traffic", "_zone")
+    __slots__ = ("_anonymous", "_by_day", "_moments", "_policy", "_traffic", "_zone")
 
     def __init__(self, policy: Policy) -> None:
         traffic, anonymous = policy.retention_of("traffic"), policy.retention_of("anonymous")
         if traffic is None or anonymous is None:
             raise ValueError("not a policy made by parse_policy: it lacks a retention rule")
+        self._policy = policy
         self._traffic = traffic
         self._anonymous = anonymous
         self._zone = policy.zone
@@ -93,6 +94,11 @@ class Calendar:
         """Return the moment of Unix second `ts`; about 0.1 µs when it is known."""
         found = self._moments.get(ts // SLOT_S)
         return self._new(ts) if found is None else found
+
+    def created_deadline_s(self, data_class: str, ts: int) -> int | None:
+        """Return from when a record of a class made at Unix second `ts` is dead; None: no rule says when."""
+        rule = self._policy.retention_of(data_class)
+        return None if rule is None else _deadline_s(rule, _local(ts, self._zone), self._zone)
 
     def account_secret_deadline_s(self, ts: int, content_days: int | None) -> int:
         """Return from when an account's secret of a person, for the month of Unix second `ts`, is not needed any more.

@@ -48,110 +48,39 @@ _S, _P = Stream, Partitioning
 TRAFFIC = "traffic"
 TRAFFIC_CDR = "traffic.cdr"
 
+# fmt: off
 CATALOG: dict[str, Stream] = {
     stream.name: stream
     for stream in (
-        _S(
-            TRAFFIC, "requests, all inbound, preferences; clear", _P.KEY, None, 24, "traffic", ("gateway",), ("worker",)
-        ),
-        _S(TRAFFIC_CDR, "finished communications; clear", _P.KEY, None, 24, "traffic", ("gateway",), ("worker",)),
-        _S(
-            "verdicts",
-            "per request: cleared or refused, reason, vendor codes",
-            _P.SAME,
-            None,
-            7 * 24,
-            "usage",
-            ("worker", "egress"),
-            ("gateway", "dpo"),
-        ),
-        _S(
-            "cleared",
-            "requests that may go out",
-            _P.SAME,
-            Domain.TRANSIT,
-            24,
-            "content",
-            ("worker",),
-            ("egress", "dpo"),
-        ),
-        _S(
-            "content",
-            "text, recording reference, transcript of CDRs",
-            _P.SAME,
-            Domain.CONTENT,
-            None,
-            "content",
-            ("worker",),
-            ("account", "dpo"),
-        ),
-        _S(
-            "cdr.pii",
-            "the whole CDR",
-            _P.SAME,
-            Domain.PII,
-            None,
-            "traffic",
-            ("worker",),
-            ("support", "fraud", "lawful", "dpo"),
-        ),
-        _S(
-            "cdr.anonymous",
-            "what remains when nothing personal does",
-            _P.RANDOM,
-            None,
-            None,
-            "anonymous",
-            ("worker",),
-            ("billing", "dpo"),
-        ),
-        _S(
-            "billing.deltas",
-            "per committed batch: pre-aggregated cells",
-            _P.ACCOUNT,
-            None,
-            35 * 24,
-            "anonymous",
-            ("worker",),
-            ("billing",),
-        ),
-        _S(
-            "suppressions",
-            "opt-outs, opt-ins, officer blocks",
-            _P.TOKEN,
-            Domain.SUPPRESSION,
-            None,
-            "suppression",
-            ("worker", "officer"),
-            ("worker", "egress", "dpo"),
-            compacted=True,
-        ),
-        _S(
-            "review", "near-miss opt-outs", _P.SAME, Domain.REVIEW, 30 * 24, "content", ("worker",), ("operator", "dpo")
-        ),
-        _S("held", "records under legal hold, re-sealed", _P.SAME, None, None, "held", ("officer",), ("dpo",)),
-        _S(
-            "quarantine",
-            "records that could not be understood, whole",
-            _P.SAME,
-            Domain.QUARANTINE,
-            7 * 24,
-            "unclassified",
-            ("worker", "operator"),
-            ("operator", "dpo"),
-        ),
-        _S(
-            "audit",
-            "reveals, key events, erasures, holds",
-            _P.SAME,
-            None,
-            87_660,
-            "audit",
-            ("worker", "egress", "account", "support", "fraud", "lawful", "operator", "officer", "dpo"),
-            ("dpo",),
-        ),
+        _S(TRAFFIC, "requests, all inbound, preferences; clear", _P.KEY, None, 24, "traffic",
+           ("gateway",), ("worker",)),
+        _S(TRAFFIC_CDR, "finished communications; clear", _P.KEY, None, 24, "traffic",
+           ("gateway",), ("worker",)),
+        _S("verdicts", "per request: cleared or refused, reason, vendor codes", _P.SAME, None, 7 * 24, "usage",
+           ("worker", "egress"), ("gateway", "dpo")),
+        _S("cleared", "requests that may go out", _P.SAME, Domain.TRANSIT, 24, "content",
+           ("worker",), ("egress", "dpo")),
+        _S("content", "text, recording reference, transcript of CDRs", _P.SAME, Domain.CONTENT, None, "content",
+           ("worker",), ("account", "dpo")),
+        _S("cdr.pii", "the whole CDR", _P.SAME, Domain.PII, None, "traffic",
+           ("worker",), ("support", "fraud", "lawful", "dpo")),
+        _S("cdr.anonymous", "what remains when nothing personal does", _P.RANDOM, None, None, "anonymous",
+           ("worker",), ("billing", "dpo")),
+        _S("billing.deltas", "per committed batch: pre-aggregated cells", _P.ACCOUNT, None, 35 * 24, "anonymous",
+           ("worker",), ("billing",)),
+        _S("suppressions", "opt-outs, opt-ins, officer blocks", _P.TOKEN, Domain.SUPPRESSION, None, "suppression",
+           ("worker", "officer"), ("worker", "egress", "dpo"), compacted=True),
+        _S("review", "near-miss opt-outs", _P.SAME, Domain.REVIEW, 30 * 24, "content",
+           ("worker",), ("operator", "dpo")),
+        _S("held", "records under legal hold, re-sealed", _P.SAME, None, None, "held",
+           ("officer",), ("dpo",)),
+        _S("quarantine", "records that could not be understood, whole", _P.SAME, Domain.QUARANTINE, 7 * 24,
+           "unclassified", ("worker", "operator"), ("operator", "dpo")),
+        _S("audit", "reveals, key events, erasures, holds", _P.SAME, None, None, "audit",
+           ("worker", "egress", "account", "support", "fraud", "lawful", "operator", "officer", "dpo"), ("dpo",)),
     )
 }
+# fmt: on
 
 INPUTS = (TRAFFIC, TRAFFIC_CDR)
 """The input streams, in the order in which workers poll them."""

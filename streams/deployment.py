@@ -21,9 +21,13 @@ from streams.log.sqlite import SqliteLog
 from streams.state.registries import Registries
 
 
-async def open_log(config: Config) -> Log:
+BUSY_S = 10.0
+"""How long a call waits for another process that holds the log or the key store."""
+
+
+async def open_log(config: Config, *, busy_s: float = BUSY_S) -> Log:
     """Return the log of a configuration, made if there is none. Raises LogUnusable."""
-    return SqliteLog.open(config.log_path, partitions=config.partitions, lease_s=config.lease_s)
+    return SqliteLog.open(config.log_path, partitions=config.partitions, lease_s=config.lease_s, busy_s=busy_s)
 
 
 class Deployment:
@@ -40,16 +44,18 @@ class Deployment:
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, config: Config, *, create: bool = True) -> AsyncIterator["Deployment"]:
+    async def open(
+        cls, config: Config, *, create: bool = True, busy_s: float = BUSY_S
+    ) -> AsyncIterator["Deployment"]:
         """Open, or with `create` make, the log and the key store, and close both at the end.
 
         Raises InputInvalid if there is none and `create` is off, and LogUnusable or KeysUnusable.
         """
         if not create and not config.log_path.exists():
             raise InputInvalid("there is no log here yet; publish something first", log=str(config.log_path))
-        log = await open_log(config)
+        log = await open_log(config, busy_s=busy_s)
         try:
-            store = SqliteKeyStore.open(config.keys_path, config.kms_dir)
+            store = SqliteKeyStore.open(config.keys_path, config.kms_dir, busy_timeout_s=busy_s)
             try:
                 yield cls(config, log, store)
             finally:

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import re
 import sys
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
@@ -16,9 +17,12 @@ from streams.deployment import Deployment
 from streams.keys.reveal import Revealed
 from streams.log.protocol import Log, Stored
 
+SUPPRESSIONS = "suppressions"
 PAGE = 500
 LAST = 10
 FOLLOW_S = 0.5
+_TOKEN = re.compile(r"[0-9a-f]{32}")
+"""Tokens are personal data: they are in the keys of `suppressions`, and shown to nobody."""
 
 
 def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -106,6 +110,9 @@ def _shown(stored: Stored, opened: Revealed | None) -> dict[str, Any]:
         "headers": {name: value.decode() for name, value in stored.headers},
         "value": orjson.loads(stored.value),
     }
+    if stored.stream == SUPPRESSIONS:
+        line["key"] = _TOKEN.sub("token", line["key"])
+        line["value"]["entry"] = line["key"]
     if opened is not None:
         line["reveal"] = {"state": opened.state.value, "fields": opened.fields, "withheld": list(opened.withheld)}
         if opened.reason is not None:

@@ -81,6 +81,8 @@ class Revealer:
     async def reveal(self, messages: Sequence[Stored], reason: str) -> list[Revealed]:
         """Return each message opened, or why not, in order; one audit entry per stream, written first.
 
+        In a stream that holds nothing sealed there is nothing to open and nothing to log.
+
         Raises RevealDenied if the principal may not open the stream at all, InputInvalid for a reason that is not a
         code or case reference, and whatever keeps the audit entry from being written.
         """
@@ -119,13 +121,13 @@ class Revealer:
                 await self._tail.catch_up()
         for message in messages:
             try:
-                sealed = take_apart(message.value)
+                found = take_apart(message.value)
             except ValueError:
                 taken.append(None)
                 allowed.append(False)
             else:
-                taken.append(sealed)
-                allowed.append(self._principal.may_open(message.stream, sealed.account or None))
+                taken.append(found)
+                allowed.append(self._principal.may_open(message.stream, found.account or None))
         await self._audit(messages, taken, allowed, reason, action, now_s)
         parts = [part for sealed, may in zip(taken, allowed, strict=True) if sealed and may for part in sealed.parts]
         epochs = self._store.open_epochs(_key_ids(parts), now_s)
@@ -236,6 +238,8 @@ def _open(
     expires_at = (sealed.fields.get("privacy") or {}).get("expires_at")
     if isinstance(expires_at, str) and expires_at <= now_at:
         return Revealed(State.DESTROYED, {})
+    if not sealed.parts and "resolves" not in sealed.fields:  # only a resolution of quarantine seals nothing
+        return Revealed(State.CORRUPT, {})
     fields: dict[str, Any] = {}
     withheld: tuple[str, ...] = ()
     for part in sealed.parts:

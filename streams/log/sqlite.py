@@ -49,7 +49,7 @@ CLEAR_PAGE_BYTES = 4096
 """Every row body of the clear file begins with so many zeros; see the rules above."""
 IDLE_S = 0.03
 CHECKPOINT_WAIT_MS = 1000
-"""How long `forget_consumed` waits for readers before it leaves the checkpoint to its next call."""
+"""How long `forget_consumed` waits for readers before it raises LogBusy."""
 
 _MAIN_ID, _TRAFFIC_ID = 0x53_56_4C_4D, 0x53_56_4C_54  # application_id: "SVLM", "SVLT"
 _BOTH_SQL = """
@@ -142,10 +142,11 @@ class _File:
         try:
             yield
         except sqlite3.Error as error:
-            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+            extended = getattr(error, "sqlite_errorcode", 0)  # errors of the Python module itself have none
+            code = extended & 0xFF
             if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
                 raise LogBusy(file=str(self.path)) from error
-            if code == sqlite3.SQLITE_FULL:
+            if code == sqlite3.SQLITE_FULL or extended == sqlite3.SQLITE_IOERR_SHMSIZE:
                 raise LogFull(file=str(self.path)) from error
             if code in _UNUSABLE:
                 raise self.unusable(_UNUSABLE[code]) from error
@@ -275,14 +276,16 @@ class _File:
                 self.db.execute(update, (len(rest), _body(rest, clear=True), row_id))
 
     def truncate_wal(self) -> None:
-        """Move the WAL into the file and cut it to nothing, unless somebody reads for over a second."""
+        """Move the WAL into the file and cut it to nothing. Raises LogBusy if somebody reads for over a second."""
         with self.guarded():
             (before_ms,) = self.db.execute("PRAGMA busy_timeout").fetchone()
             self.db.execute(f"PRAGMA busy_timeout={min(before_ms, CHECKPOINT_WAIT_MS)}")
             try:
-                self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+                (busy, _, _) = self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
             finally:
                 self.db.execute(f"PRAGMA busy_timeout={before_ms}")
+        if busy:
+            raise LogBusy("consumed input is deleted, but a reader keeps it in the WAL; trying again", file=str(self.path))
 
 
 @contextmanager
@@ -602,8 +605,8 @@ class SqliteConsumer:
     async def forget_consumed(self) -> int:
         """Delete clear input that is committed, so that no file holds it; return the number of messages.
 
-        Overwrites rows and freed pages, then empties the WAL. If somebody reads for over a second, the WAL
-        keeps its bytes until the next call.
+        Overwrites rows and freed pages, then empties the WAL. Raises LogBusy if somebody reads for over a second:
+        the rows are gone then, but the WAL keeps their bytes until a call succeeds.
         """
         done = self._consumed()
         gone = 0

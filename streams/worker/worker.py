@@ -40,6 +40,7 @@ class Worker:
         batch_records: int,
         on_batch: Callable[[list[Outcome]], None] | None = None,
         on_wait: Callable[[Retriable], None] | None = None,
+        stopping: asyncio.Event | None = None,
     ) -> None:
         self._log = log
         self._consumer = consumer
@@ -53,7 +54,7 @@ class Worker:
         self._tail = SuppressionTail(log)
         self._forgotten_s = 0.0
         self.outcomes: Counter[Outcome] = Counter()
-        self.stopping = asyncio.Event()
+        self.stopping = stopping or asyncio.Event()
 
     def stop(self) -> None:
         """Ask the worker to end after the batch under way; safe in a signal handler."""
@@ -69,7 +70,8 @@ class Worker:
         try:
             while not self.stopping.is_set():
                 try:
-                    if not await self._step(IDLE_POLL_S if until_idle else POLL_S) and until_idle and await self._consumer.at_end():
+                    worked = await self._step(IDLE_POLL_S if until_idle else POLL_S)
+                    if until_idle and not worked and await self._consumer.at_end():
                         break
                     waits = 0
                 except Retriable as error:
@@ -84,17 +86,16 @@ class Worker:
 
     async def _step(self, timeout_s: float) -> bool:
         """Do one batch, or wait a moment for one; return whether there was one."""
+        await self._forget()
+        batch = await self._consumer.poll(self._batch_records, timeout_s)  # keeps the partitions even without keys
         if self._lease.due():
             self._lease.renew()
         await self._tail.catch_up()
-        batch = await self._consumer.poll(self._batch_records, timeout_s)
         if batch is not None:
             await self._process(batch)
-        await self._forget()
         return batch is not None
 
     async def _process(self, batch: Batch) -> None:
-        await self._tail.catch_up()
         self._registries.refresh(time.monotonic())
         now_s = int(time.time())
         inbox = Inbox(batch.stream, batch.partition, batch.offset, [message.value for message in batch.messages])

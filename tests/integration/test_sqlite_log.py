@@ -266,7 +266,8 @@ def test_a_reader_that_blocks_the_checkpoint_delays_only_the_last_step(opened, p
         reader = sqlite3.connect(path.with_name("log-traffic.db"), isolation_level=None)
         reader.execute("BEGIN")
         reader.execute("SELECT count(*) FROM rows").fetchall()
-        assert await consumer.forget_consumed() == 1
+        with pytest.raises(LogBusy):
+            await consumer.forget_consumed()
         reader.execute("ROLLBACK")
         reader.close()
         assert await consumer.forget_consumed() == 0

