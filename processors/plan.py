@@ -159,6 +159,7 @@ class Planner:
         row = CATALOG[stream]
         moment = self.calendar.moment(now_s)
         unit_s = _HOUR_S if row.domain is Domain.TRANSIT else _DAY_S
+        deadline_s: int | None
         if row.max_hours is not None:
             deadline_s = now_s // unit_s * unit_s + row.max_hours * _HOUR_S
         else:

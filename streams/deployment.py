@@ -20,7 +20,6 @@ from streams.log.protocol import Log
 from streams.log.sqlite import SqliteLog
 from streams.state.registries import Registries
 
-
 BUSY_S = 10.0
 """How long a call waits for another process that holds the log or the key store."""
 
@@ -44,9 +43,7 @@ class Deployment:
 
     @classmethod
     @asynccontextmanager
-    async def open(
-        cls, config: Config, *, create: bool = True, busy_s: float = BUSY_S
-    ) -> AsyncIterator["Deployment"]:
+    async def open(cls, config: Config, *, create: bool = True, busy_s: float = BUSY_S) -> AsyncIterator["Deployment"]:
         """Open, or with `create` make, the log and the key store, and close both at the end.
 
         Raises InputInvalid if there is none and `create` is off, and LogUnusable or KeysUnusable.

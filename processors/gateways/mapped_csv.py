@@ -188,7 +188,7 @@ class Amount(_Field, frozen=True, kw_only=True):
             text = row[place].strip()
             if not text:
                 return None
-            amount = canonical_amount(Decimal(text)) if _DECIMAL.fullmatch(text) else None
+            amount = canonical_amount(text) if _DECIMAL.fullmatch(text) else None
             if amount is None:
                 raise Poison("bad_number")
             return {"amount": amount, "currency": currency}

@@ -24,6 +24,7 @@ _SAFE = (
 
 
 _ROOT = Path(__file__).parents[2]
+_PACKAGES = ("schemas", "processors", "streams")
 
 
 class Parser(argparse.ArgumentParser):
@@ -88,8 +89,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _where(error: Exception) -> str:
     """Return a line about a bug of the program: which exception, and where; nothing of what it says."""
-    places = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_relative_to(_ROOT)]
-    place = f"{Path(places[-1].filename).relative_to(_ROOT)}:{places[-1].lineno}" if places else "an unknown place"
+    place = "an unknown place"
+    for frame in traceback.extract_tb(error.__traceback__):
+        path = Path(frame.filename)
+        if any(path.is_relative_to(_ROOT / package) for package in _PACKAGES):
+            place = f"{path.relative_to(_ROOT)}:{frame.lineno}"
     return f"internal error, please report this line: {type(error).__name__} at {place}"
 
 

@@ -119,6 +119,8 @@ class Revealer:
                 )
             if stream == CLEARED:
                 await self._tail.catch_up()
+        if all(_domain_of(message.stream) is None for message in messages):
+            return [Revealed(State.REVEALED, {})] * len(messages), {}
         for message in messages:
             try:
                 found = take_apart(message.value)

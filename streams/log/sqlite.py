@@ -285,7 +285,7 @@ class _File:
             finally:
                 self.db.execute(f"PRAGMA busy_timeout={before_ms}")
         if busy:
-            raise LogBusy("consumed input is deleted, but a reader keeps it in the WAL; trying again", file=str(self.path))
+            raise LogBusy("a reader keeps deleted input in the WAL; trying again", file=str(self.path))
 
 
 @contextmanager

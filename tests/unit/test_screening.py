@@ -214,6 +214,7 @@ def test_marketing_to_somebody_whose_number_is_unreadable_is_refused():
     for purpose in PURPOSES:
         expected = "recipient_not_normalised" if purpose == "marketing" else None
         assert reason(sms_request(purpose=purpose, recipient="somebody over there")) == expected
+        assert reason(sms_request(purpose=purpose, recipient="12345")) == expected
     assert reason(marketing(recipient="ann@example.org")) is None
 
 

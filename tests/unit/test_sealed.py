@@ -263,7 +263,8 @@ def test_the_sealer_of_one_part_and_that_of_several_speak_one_grammar():
     person = PersonSecret("ab" * 16, SECRET)
     head, tail = split_envelope({"account_id": "acme", "month": "2026-11", "privacy": {}})
     for text in (b"", b"x" * 31, b"x" * 32, b"x" * 1000):
-        once = Sealer(KeyRing(), Entropy(SEED), "cdr.pii", "acme", epoch).one_part(tail, "primary")(head, person, text)
+        one_part = Sealer(KeyRing(), Entropy(SEED), "cdr.pii", "acme", epoch).one_part(tail, "primary")
+        once = one_part.seal(one_part.frame(head), person, text)
         more = Sealer(KeyRing(), Entropy(SEED), "cdr.pii", "acme", epoch).several(
             head, tail, [("primary", person, text)]
         )
