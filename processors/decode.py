@@ -22,6 +22,7 @@ from schemas.fields import (
     is_code,
     is_record_id,
     normalise,
+    seen,
 )
 from schemas.inbound import SMS_FIELDS, VOICE_FIELDS, Cdr, Inbound, Preference, Price, Request
 
@@ -110,8 +111,8 @@ def parties(record: Inbound, region: str | None) -> tuple[Party, Party]:
     Raises Poison if the record id spells out one of their numbers: ids stand in the clear in verdicts.
     """
     region = region or record.country
-    sender = normalise(record.sender, region)
-    recipient = normalise(record.recipient, region)
+    sender = seen(record.sender) or normalise(record.sender, region)
+    recipient = seen(record.recipient) or normalise(record.recipient, region)
     record_id = record.record_id
     if (recipient.is_person and recipient.value[1:] in record_id and len(recipient.value) >= 8) or (
         sender.is_person and sender.value[1:] in record_id and len(sender.value) >= 8

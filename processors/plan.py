@@ -95,7 +95,7 @@ class Plan:
     own: frozenset[str]
     moment: Moment
     month: str
-    period: str  # account and coarse instant: with equal clear values, equal anonymous records
+    period: str  # account, coarse instant, deadlines: with equal clear values, equal anonymous records
     content_expires_s: int
     review_expires_s: int
     pii: Template
@@ -116,7 +116,7 @@ class Planner:
         self.policy = policy
         self.calendar = Calendar(policy)
         self._plans: dict[tuple[str, int], Plan | None] = {}
-        self._days: dict[tuple[str, str, str], Plan] = {}
+        self._days: dict[tuple[str, str, str, int], Plan] = {}
         self._met = 0
         self._circles: dict[tuple[str, str], Circle] = {}
         self._outputs: dict[tuple[str, str, int], Template] = {}
@@ -179,7 +179,7 @@ class Planner:
     def _make(self, account_id: str, account: Account, ts: int) -> Plan:
         """Return the plan of a slot: that of its day, at its moment."""
         moment = self.calendar.moment(ts)
-        day = (account_id, moment.day_epoch, moment.month_epoch)
+        day = (account_id, moment.day_epoch, moment.month_epoch, moment.anonymous_expires_s)
         whole_day = self._days.get(day)
         if whole_day is None:
             if len(self._days) >= MAX_PLANS:
@@ -187,7 +187,7 @@ class Planner:
             whole_day = self._days[day] = self._make_day(account_id, account, ts)
         plan = copy(whole_day)
         plan.moment = moment
-        plan.period = f"{moment.coarse}|{account_id}"
+        plan.period = f"{moment.coarse}|{account_id}|{moment.pii_expires_s}|{moment.anonymous_expires_s}"
         return plan
 
     def _make_day(self, account_id: str, account: Account, ts: int) -> Plan:

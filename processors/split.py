@@ -78,6 +78,8 @@ class Layout:
         force_setattr(record, "occurred_at", at)
         if record.answered_at is not None:
             force_setattr(record, "answered_at", instant(int(record.answered_at.timestamp() // 1)))
+        if not self._content_names:
+            return None
         values = self._content_values(record)
         if values == self._nothing:
             return None

@@ -142,7 +142,11 @@ def _party(kind: Kind, value: str) -> Party:
 
 _E164 = re.compile(r"\+[1-9][0-9]{6,14}").fullmatch
 _RECENT = 50_000
-_recent: dict[str, Party] = {}  # well-formed numbers seen lately; their reading depends on nothing else
+_ALIKE_EVERYWHERE = (Kind.NUMBER, Kind.ALPHANUMERIC, Kind.EMAIL)
+_recent: dict[str, Party] = {}
+seen = _recent.get
+"""Return the party behind an address that is its own normal form and was seen lately, or None; any region."""
+
 NOBODY = _party(Kind.NOBODY, "")
 _WITHHELD = frozenset(
     {"anonymous", "unknown", "restricted", "private", "withheld", "unavailable", "<unknown>", "s", "h", "i", "t"}
@@ -160,14 +164,14 @@ def normalise(raw: str, region: str | None = None) -> Party:
     number are taken as one. Never raises. A well-formed `+…` costs well under 1 µs; anything else goes through
     the phone-number library once and then through a bounded cache.
     """
-    known = _recent.get(raw)
+    known = seen(raw)
     if known is not None:
         return known
-    if not _E164(raw):
-        return _normalise_slowly(raw, region)
-    if len(_recent) >= _RECENT:
-        _recent.clear()
-    party = _recent[raw] = Party(Kind.NUMBER, raw, is_person=True)
+    party = Party(Kind.NUMBER, raw, is_person=True) if _E164(raw) else _normalise_slowly(raw, region)
+    if party.value == raw and party.kind in _ALIKE_EVERYWHERE:
+        if len(_recent) >= _RECENT:
+            _recent.clear()
+        _recent[raw] = party
     return party
 
 
@@ -228,11 +232,6 @@ def _readings(compact: str, region: str | None) -> Iterable[tuple[str, str | Non
 
 
 # --- money ---------------------------------------------------------------------------------------------------
-
-
-MAX_AMOUNT_DIGITS = 28
-"""An amount written with more digits is refused: it would not be exact, and digits could carry anything."""
-
 
 _AMOUNT = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,9})?")
 

@@ -414,10 +414,14 @@ class Policy(_Table, frozen=True, kw_only=True, dict=True):
         purposes: tuple[Purpose, ...] = getattr(self.screening.optout_blocks, class_)
         return purposes
 
+    @cached_property
+    def _not_after_s(self) -> dict[str, int]:
+        rule = self.screening.not_after_minutes
+        return {purpose: getattr(rule, purpose) * 60 for purpose in get_args(Purpose)}
+
     def not_after_s(self, purpose: str) -> int:
         """Return for how many seconds after its verdict a cleared request of a purpose may go out."""
-        minutes: int = getattr(self.screening.not_after_minutes, purpose)
-        return minutes * 60
+        return self._not_after_s[purpose]
 
     def registries(self, channel: str) -> tuple[RegistryRule, ...]:
         """Return the registries asked on a channel, in the order of the document."""

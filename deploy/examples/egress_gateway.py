@@ -45,9 +45,7 @@ class Positions:
         except FileNotFoundError:
             return
         except (OSError, ValueError, TypeError, AttributeError):
-            raise InputInvalid(
-                "the positions cannot be read; move the file away to begin anew", file=str(path)
-            ) from None
+            raise InputInvalid("the positions cannot be read; move the file away", file=str(path)) from None
 
     def of(self, partition: int) -> int:
         """Return the next offset of a partition."""

@@ -86,6 +86,7 @@ class Worker:
 
     async def _step(self, timeout_s: float) -> bool:
         """Do one batch, or wait a moment for one; return whether there was one."""
+        await asyncio.sleep(0)  # nothing else here lets the loop see a signal while there is work
         await self._forget()
         batch = await self._consumer.poll(self._batch_records, timeout_s)  # keeps the partitions even without keys
         if self._lease.due():

@@ -1,4 +1,3 @@
-from decimal import Decimal
 from typing import Annotated, get_args
 
 import msgspec
@@ -167,25 +166,25 @@ def test_persons_are_behind_numbers_addresses_and_the_unknown():
 @pytest.mark.parametrize(
     ("amount", "text"),
     [
-        ("0", "0"), ("-0", "0"), ("0.00", "0"), ("0e9999999", "0"), ("0e-9999999", "0"), ("1.50", "1.5"),
-        ("100", "100"), ("1E+8", "100000000"), ("0.000000001", "0.000000001"),
-        ("123456789.123456789", "123456789.123456789"),
-        ("999999999.999999999", "999999999.999999999"), ("1.000000000000000000000000000", "1"),
+        ("0", "0"), ("0.00", "0"), ("000", "0"), ("1.50", "1.5"), ("100", "100"), ("000000100", "100"),
+        ("0.000000001", "0.000000001"), ("123456789.123456789", "123456789.123456789"),
+        ("999999999.999999999", "999999999.999999999"), ("1.000000000", "1"), ("10.10", "10.1"),
     ],
 )  # fmt: skip
 def test_an_amount_is_written_in_one_way(amount, text):
-    assert canonical_amount(Decimal(amount)) == text
+    assert canonical_amount(amount) == text
 
 
 @pytest.mark.parametrize(
     "amount",
-    ["-1", "-0.000000001", "NaN", "Infinity", "-Infinity", "1e9", "1e999999", "0.0000000001", "1e-999999",
-     "1e-9999999999", "1.0000000001", "1." + "0" * 40 + "15551234567", "0." + "0" * 28 + "1", "1" + "0" * 40],
+    ["-1", "-0", "+1", "NaN", "sNaN", "Infinity", "1e9", "1E+8", "0e-9999999", "1e-999999999", "1000000000",
+     "0.0000000001", "1.0000000001", "1." + "0" * 40 + "15551234567", "1" + "0" * 40, "", " 1", "1\n", ".5", "1.",
+     "1,5", "1_0", "0x1", "٣", "1.5.2"],
 )  # fmt: skip
 def test_an_amount_that_is_out_of_range_or_could_carry_more_than_money_is_none(amount):
-    assert canonical_amount(Decimal(amount)) is None
+    assert canonical_amount(amount) is None
 
 
-def test_money_is_decimal():
-    assert get_args(Price.__annotations__["amount"]) == ()
-    assert Price.__annotations__["amount"] is Decimal
+def test_money_is_never_a_float():
+    kinds = get_args(Price.__annotations__["amount"])
+    assert kinds[0] is str

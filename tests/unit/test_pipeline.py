@@ -586,6 +586,31 @@ def test_the_time_is_as_coarse_as_the_policy_says():
     assert message.timestamp_ms == instant("2026-11-21T00:00:00Z") * 1000
 
 
+@pytest.mark.parametrize("ending", ["end of year", "end of day"])
+@pytest.mark.parametrize(("zone", "coarse"), [("Asia/Kolkata", "hour"), ("America/New_York", "day"), ("UTC", "hour")])
+def test_a_deadline_is_that_of_the_record_even_where_a_month_ends_within_a_coarse_instant(zone, coarse, ending):
+    # Given records every 20 minutes around the end of the year, in the policy's time zone
+    text = DEFAULT_POLICY.replace('timezone = "UTC"', f'timezone = "{zone}"').replace(
+        'time = "hour"', f'time = "{coarse}"'
+    )
+    text = text.replace('after = "end of year"', f'after = "{ending}"')
+    instants = [shape(instant("2026-12-31T04:00:00Z") + n * 2000) for n in range(60)]
+    settings = {"policy": policy_of(default=text), "now_s": instant("2027-01-03T00:00:00Z"), "shuffle": False}
+    # When they are one batch
+    together = run([sms_cdr(occurred_at=at) for at in instants], **settings)
+    alone = [run([sms_cdr(occurred_at=at)], **settings) for at in instants]
+    # Then each has the deadlines and the keys that it has alone
+    for stream in ("cdr.anonymous", "cdr.pii", "content"):
+        for one, value in zip(alone, together.values(stream), strict=True):
+            (other,) = one.values(stream)
+            assert value["privacy"] == other["privacy"]
+            assert [part["key"] for part in value.get("sealed", ())] == [
+                part["key"] for part in other.get("sealed", ())
+            ]
+    assert len({value["privacy"]["expires_at"] for value in together.values("cdr.anonymous")}) >= 2
+    assert len({value["month"] for value in together.values("cdr.pii")}) == 2
+
+
 def test_two_records_of_one_hour_that_billing_cannot_tell_apart_are_the_same_bytes():
     values = [
         sms_cdr(occurred_at=f"2026-11-21T11:{n:02}:{n:02}Z", recipient=f"+49151123456{n:02}", content=f"text {n}",

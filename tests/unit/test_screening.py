@@ -191,9 +191,10 @@ def test_a_request_to_nobody_is_refused(recipient):
 )  # fmt: skip
 def test_only_countries_of_the_allow_list_are_served(fields, allowed):
     policy = policy_of(account("acme", 'countries = ["DE", "AT"]'))
-    for purpose in PURPOSES:
+    for purpose in ("transactional", "otp", "service"):
         found = reason(sms_request(purpose=purpose, **fields), policy=policy)
         assert found == (None if allowed else "country_not_allowed")
+    assert (reason(marketing(**fields), policy=policy) == "country_not_allowed") is not allowed
     assert reason(sms_request(account_id="other", **fields), policy=policy) is None
 
 
@@ -210,12 +211,16 @@ def test_a_child_is_never_marketed_to_and_still_gets_the_rest():
         assert reason(build(purpose=purpose, child=False)) is None
 
 
-def test_marketing_to_somebody_whose_number_is_unreadable_is_refused():
+@pytest.mark.parametrize("recipient", ["somebody over there", "12345", "ACME", "123456789"])
+def test_marketing_to_what_is_no_number_and_no_address_is_refused(recipient):
     for purpose in PURPOSES:
         expected = "recipient_not_normalised" if purpose == "marketing" else None
-        assert reason(sms_request(purpose=purpose, recipient="somebody over there")) == expected
-        assert reason(sms_request(purpose=purpose, recipient="12345")) == expected
-    assert reason(marketing(recipient="ann@example.org")) is None
+        assert reason(sms_request(purpose=purpose, recipient=recipient)) == expected
+
+
+@pytest.mark.parametrize("recipient", [PERSON, "ann@example.org", "sip:ann@example.org", "0049 151 12345678"])
+def test_marketing_to_a_number_or_an_address_is_not(recipient):
+    assert reason(marketing(recipient=recipient)) is None
 
 
 SCOPES = {

@@ -263,12 +263,10 @@ def test_the_sealer_of_one_part_and_that_of_several_speak_one_grammar():
     person = PersonSecret("ab" * 16, SECRET)
     head, tail = split_envelope({"account_id": "acme", "month": "2026-11", "privacy": {}})
     for text in (b"", b"x" * 31, b"x" * 32, b"x" * 1000):
-        one_part = Sealer(KeyRing(), Entropy(SEED), "cdr.pii", "acme", epoch).one_part(tail, "primary")
-        once = one_part.seal(one_part.frame(head), person, text)
-        more = Sealer(KeyRing(), Entropy(SEED), "cdr.pii", "acme", epoch).several(
-            head, tail, [("primary", person, text)]
-        )
-        assert once == more
+        for who in (person, None):
+            one = Sealer(KeyRing(), Entropy(SEED), "cdr.pii", "acme", epoch).one_part(tail, "primary")
+            more = Sealer(KeyRing(), Entropy(SEED), "cdr.pii", "acme", epoch)
+            assert one.seal(one.frame(head), who, text) == more.several(head, tail, [("primary", who, text)])
 
 
 # --- what does not open -------------------------------------------------------------------------------------
