@@ -26,7 +26,7 @@ from schemas.fields import (
 )
 from schemas.inbound import SMS_FIELDS, VOICE_FIELDS, Cdr, Inbound, Preference, Price, Request
 
-FIELDS = frozenset(classes_of(Request, Cdr, Preference)) | {"type", "class"}
+FIELDS = frozenset(classes_of(Request, Cdr, Preference)) - {"class_"} | {"type", "class"}
 MAX_AHEAD_S = 48 * 3600
 """A record whose `occurred_at` is further ahead is quarantined."""
 

@@ -114,13 +114,13 @@ def _getter(names: list[str]) -> Callable[[Any], tuple[Any, ...]]:
 def _renderer(title: str, names: list[str], kind: str) -> Render:
     struct = msgspec.defstruct(
         title.capitalize(),
-        [("type", str), *[(name, Any, None) for name in names]],
+        [("type", str), ("v", int), *[(name, Any, None) for name in names]],
         omit_defaults=True,
         frozen=True,
         gc=False,
     )
     get = _getter(names)
-    return lambda record: _encode(struct(kind, *get(record)))
+    return lambda record: _encode(struct(kind, record.v, *get(record)))
 
 
 def _anonymous(names: list[str], *, priced: bool) -> Callable[[Clear, int | None, str, bytes], bytes]:

@@ -39,19 +39,19 @@ class Poison(StreamveilError):
 
 
 class LogBusy(Retriable):
-    """The log is locked by another process; trying again."""
+    """The log is locked by another process."""
 
 
 class LogFull(Retriable):
-    """The disk of the log is full; free some space, nothing is lost meanwhile."""
+    """The disk of the log is full; free some space."""
 
 
 class KeysBusy(Retriable):
-    """The key store is locked by another process; trying again."""
+    """The key store is locked by another process."""
 
 
 class KeysFull(Retriable):
-    """The disk of the key store is full; free some space, nothing is lost meanwhile."""
+    """The disk of the key store is full; free some space."""
 
 
 class KeysChanged(Retriable):

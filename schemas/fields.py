@@ -75,14 +75,14 @@ def classes_of(*structs: type[Classified]) -> dict[str, PrivacyClass]:
 
 # --- codes: short values that may stand in the clear -------------------------------------------------------
 
-_CODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:/ -]{0,39}")
-_DIGIT_RUN = re.compile(r"[0-9](?:[ ._:/-]*[0-9]){6}")
+_CODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:/-]{0,31}")
+_DIGIT_RUN = re.compile(r"[0-9](?:[._:/-]*[0-9]){6}")
 _ACCOUNT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
 @lru_cache(maxsize=4096)
 def is_code(text: str) -> bool:
-    """Return whether a text is a code: 1 to 40 characters, and no run of seven digits that could be a number."""
+    """Return whether a text is a code: 1 to 32 characters, no blank, no run of seven digits that could be a number."""
     return _CODE.fullmatch(text) is not None and _DIGIT_RUN.search(text) is None
 
 

@@ -950,7 +950,7 @@ def _account_in_words(rule: Account) -> Iterator[Sentence]:
     if rule.countries is not None:
         yield Sentence(f"{who} sends to {_listed(rule.countries)} only", rule.clause or "CAL-11")
     if rule.own_numbers:
-        yield Sentence(f"{who}: {len(rule.own_numbers)} numbers are its own, not a person's", rule.clause or "KAL-3")
+        yield Sentence(f"{who}: its own numbers, no person's: {len(rule.own_numbers)}", rule.clause or "KAL-3")
     if rule.voice_increment_s is not None:
         yield Sentence(f"{who}: calls are billed in units of {rule.voice_increment_s} s", rule.clause or "INF-3")
     if rule.default_region is not None:

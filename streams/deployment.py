@@ -9,7 +9,8 @@ from contextlib import asynccontextmanager
 from processors.pipeline import Pipeline
 from processors.plan import Planner
 from processors.screen.suppression import Tokens
-from schemas.errors import InputInvalid
+from schemas.catalog import CATALOG, INPUTS
+from schemas.errors import InputInvalid, KeysUnusable
 from streams.config import Config
 from streams.keys.cache import KeyCache, KeyLease
 from streams.keys.reveal import Revealer
@@ -27,6 +28,11 @@ BUSY_S = 10.0
 async def open_log(config: Config, *, busy_s: float = BUSY_S) -> Log:
     """Return the log of a configuration, made if there is none. Raises LogUnusable."""
     return SqliteLog.open(config.log_path, partitions=config.partitions, lease_s=config.lease_s, busy_s=busy_s)
+
+
+async def _has_outputs(log: Log) -> bool:
+    """Return whether anything was ever written to an output stream."""
+    return any([any(await log.end_offsets(stream)) for stream in CATALOG if stream not in INPUTS])
 
 
 class Deployment:
@@ -52,6 +58,12 @@ class Deployment:
             raise InputInvalid("there is no log here yet; publish something first", log=str(config.log_path))
         log = await open_log(config, busy_s=busy_s)
         try:
+            if not config.keys_path.exists() and await _has_outputs(log):
+                raise KeysUnusable(
+                    "the key store is missing beside a log that has outputs: restore it from its backup;"
+                    " a new one would open nothing and know of no opt-out",
+                    file=str(config.keys_path),
+                )
             store = SqliteKeyStore.open(config.keys_path, config.kms_dir, busy_timeout_s=busy_s)
             try:
                 yield cls(config, log, store)

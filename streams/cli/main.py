@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
-from schemas.errors import StreamveilError
+from schemas.errors import Retriable, StreamveilError
 
 NOUNS = (
     "demo", "publish", "run", "tail", "screen", "optout", "registry", "quarantine", "keys", "retention", "policy",
@@ -74,6 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         return int(args.run(args))
+    except Retriable as error:
+        print(f"streamveil: {error}; nothing was done by this last step, try again", file=sys.stderr)
+        return 1
     except StreamveilError as error:
         print(f"streamveil: {error}", file=sys.stderr)
         return 1

@@ -12,6 +12,7 @@ import orjson
 
 from schemas.catalog import CATALOG, INPUTS
 from schemas.errors import InputInvalid
+from schemas.fields import REASON
 from streams.config import load
 from streams.deployment import Deployment
 from streams.keys.reveal import Revealed
@@ -31,7 +32,7 @@ def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
     tail.add_argument("stream", metavar="STREAM", choices=[name for name in CATALOG if name not in INPUTS],
                       help="one of: " + ", ".join(name for name in CATALOG if name not in INPUTS))  # fmt: skip
     tail.add_argument("--from-beginning", action="store_true", help="from the first record (default: the last 10)")
-    tail.add_argument("--max", type=int, metavar="N", help="at most N records")
+    tail.add_argument("--max", type=int, choices=range(1, 2**31), metavar="N", help="at most N records")
     tail.add_argument("--follow", action="store_true", help="go on with what comes")
     tail.add_argument("--reveal", action="store_true", help="open what this user may open; logged to audit")
     tail.add_argument("--reason", metavar="REASON", help="why: a code or case reference, needed with --reveal")
@@ -40,7 +41,7 @@ def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
 
 
 def _run(args: argparse.Namespace) -> int:
-    if args.reveal and not args.reason:
+    if args.reveal and not REASON.fullmatch(args.reason or ""):
         raise InputInvalid("--reveal needs --reason: a code or case reference of at most 40 letters, digits, - _ /")
     asyncio.run(_show(args))
     return 0

@@ -44,7 +44,7 @@ ROW_BYTES = 4_000_000
 TAKE_BYTES = 32_000_000
 """What is read at once ends with the row that passes this, whatever number of messages was asked for."""
 MAIN_PAGE_BYTES = 32_768
-"""Rows are long: a quarter less time than with SQLite's default of 4096."""
+"""Rows are long: large pages take less time than SQLite's default of 4096."""
 CLEAR_PAGE_BYTES = 4096
 """Every row body of the clear file begins with so many zeros; see the rules above."""
 IDLE_S = 0.03

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -174,6 +175,7 @@ def test_the_egress_example_ends_well_on_sigterm(checkout, tmp_path):
     with subprocess.Popen(command, cwd=checkout, env=environment(), stdout=subprocess.PIPE, text=True) as gateway:
         while not positions.exists():
             assert gateway.poll() is None
+            time.sleep(0.01)
         gateway.send_signal(signal.SIGTERM)
         output, _ = gateway.communicate(timeout=TIMEOUT_S)
     assert gateway.returncode == 0
@@ -247,7 +249,7 @@ def test_every_stream_field_reason_and_code_is_documented():
     streams = text_of(ROOT / "docs" / "streams.md")
     for name in CATALOG:
         assert f"\n| `{name}` |" in streams, name
-    for field in FIELDS:
+    for field in FIELDS - {"class_"}:  # the name of `class` in Python
         assert f"`{field}`" in streams, field
     for reason in {*REFUSED, *(reason for reason in QUARANTINED if ":" not in reason)}:
         assert f"`{reason}`" in streams, reason

@@ -97,7 +97,9 @@ def test_what_is_committed_gets_no_second_outcome_from_a_restart(place):
 def test_several_workers_share_the_partitions(place):
     # Given two workers in balance
     running = place.start("run", "--workers", 2)
-    shares = "SELECT group_concat(n) FROM (SELECT count(*) AS n FROM leases WHERE worker_id NOT NULL GROUP BY worker_id)"
+    shares = (
+        "SELECT group_concat(n) FROM (SELECT count(*) AS n FROM leases WHERE worker_id NOT NULL GROUP BY worker_id)"
+    )
     eventually(lambda: place.log_path.exists() and place.row(shares) == ("2,2",), "two partitions each")
     # When there is traffic in every partition
     place.publish(*map(request, range(200)))
@@ -185,7 +187,7 @@ def test_a_stopped_worker_ends_well_and_the_next_goes_on_where_it_was(place, sto
 def test_stopped_while_it_starts_it_ends_well_too(place, workers):
     place.publish(request(1))
     running = place.start("run", "--workers", workers)
-    eventually(lambda: (place.data / "keys.db").exists(), "it has begun to start")
+    eventually((place.data / "keys.db").exists, "it has begun to start")
     running.send_signal(signal.SIGTERM)
     done = place.ended(running)
     assert done.status == 0
