@@ -610,6 +610,8 @@ def _check_retention(policy: Policy) -> None:
             raise _Refused(("retention", index, "keep"), str(error)) from None
         if rule.data_class == "content":
             raise _Refused(("retention", index, "data_class"), "content is kept as [content] and accounts say")
+        if rule.data_class == "suppression" and rule.keep != UNTIL_LIFTED:
+            raise _Refused(("retention", index, "keep"), f"opt-outs are kept {UNTIL_LIFTED!r}: they outlive all else")
     for data_class, afters in _KEYED.items():
         found = [(index, rule) for index, rule in enumerate(policy.retention) if rule.data_class == data_class]
         if not found:

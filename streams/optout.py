@@ -19,7 +19,7 @@ import orjson
 from processors.keyring import Needs
 from processors.pipeline import seal_change
 from processors.retention import instant
-from processors.screen.suppression import MAX_AHEAD_S, Change, Overlay, Rule, parse_key, scope_id
+from processors.screen.suppression import MAX_AHEAD_S, TOKEN_MARK, Change, Overlay, Rule, parse_key, scope_id
 from processors.seal import ENTROPY_BYTES, Entropy, Sealer
 from schemas.catalog import partition_for
 from schemas.errors import InputInvalid, KeysUnusable
@@ -44,7 +44,8 @@ _WRONG: Final = {
     "number": "the number is nobody's: give an E.164 number, such as one that begins with + and a country code",
     "account": "the account is not one that the policy serves, or is missing beside a sender or campaign",
     "sender": "give either a sender or a campaign; a sender by its token only where it was exported",
-    "campaign": "a campaign has 1 to 128 printable ASCII characters, and not the person's number",
+    "campaign": "a campaign has 1 to 128 printable ASCII characters, and not the person's number; by its token only"
+    " where it was exported",
     "class": f"the class is one of {', '.join(CLASSES)}",
     "channel": f"the channel is one of {', '.join(CHANNELS)}, or left out for both",
     "authority": f"the authority is one of {', '.join(AUTHORITIES)}",
@@ -192,12 +193,13 @@ class OptOuts:
         scopes = ["platform", scope_id("account", entry.account, "", None, self._tokens)]
         if entry.sender and entry.campaign:
             raise EntryInvalid("sender")
-        token = _TOKEN.fullmatch(entry.sender)
-        if token is not None:
-            if token[1] != self._token_prefix:
-                raise EntryInvalid("sender")
-            scopes.append(f"sender:{entry.account}:{token[2]}")
-        elif entry.sender:
+        for column, name, mark in (("sender", entry.sender, ""), ("campaign", entry.campaign, TOKEN_MARK)):
+            token = _TOKEN.fullmatch(name)
+            if token is not None:
+                if token[1] != self._token_prefix:
+                    raise EntryInvalid(column)
+                return [*scopes, f"{column}:{entry.account}:{mark}{token[2]}"]
+        if entry.sender:
             account = self._policy.account(entry.account)
             sender = normalise(entry.sender, account.default_region if account else None)
             if sender.kind is Kind.NOBODY:
@@ -330,7 +332,9 @@ class OptOuts:
         """Return the cells account, sender and campaign of a scope."""
         kind, _, rest = scope.partition(":")
         account, _, name = rest.partition(":")
-        return account, self._token_prefix + name if kind == "sender" else "", name if kind == "campaign" else ""
+        if kind == "sender" or name.startswith(TOKEN_MARK):
+            name = self._token_prefix + name.removeprefix(TOKEN_MARK)
+        return account, name if kind == "sender" else "", name if kind == "campaign" else ""
 
 
 def _columns(header: bytes) -> list[str]:

@@ -7,10 +7,16 @@ both and can never leave an opt-in that did not count in place of the opt-out it
 """
 
 import hashlib
+import re
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
+from schemas.fields import is_code
+
 MAX_AHEAD_S = 300
+TOKEN_MARK = "~"
+"""Stands before the token of a campaign whose id is no code."""
+_NAMED_BY_TOKEN = re.compile(TOKEN_MARK + r"[0-9a-f]{32}").fullmatch
 
 
 class Tokens:
@@ -146,13 +152,17 @@ class Suppressions:
 
 
 def scope_id(scope: str, account: str, sender: str, campaign: str | None, tokens: Tokens) -> str:
-    """Return a rule's full scope; a sender is named by its token, for it may be a number."""
+    """Return a rule's full scope; a sender, which may be a number, is named by its token.
+
+    So is a campaign whose id is no code, for then it may hold anything.
+    """
     if scope == "account":
         return f"account:{account}"
     if scope == "sender":
         return f"sender:{account}:{tokens.of(sender).hex()}"
     if scope == "campaign":
-        return f"campaign:{account}:{campaign}"
+        known = campaign is not None and (is_code(campaign) or _NAMED_BY_TOKEN(campaign))
+        return f"campaign:{account}:{campaign if known else TOKEN_MARK + tokens.of(campaign or '').hex()}"
     return "platform"
 
 

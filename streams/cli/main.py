@@ -85,18 +85,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    except Exception as error:  # a bug of ours: its message and its traceback may hold what was worked on
+    except Exception as error:  # its message and its traceback may hold what was worked on
         print(f"streamveil: {_where(error)}", file=sys.stderr)
         return 1
 
 
 def _where(error: Exception) -> str:
-    """Return a line about a bug of the program: which exception, and where; nothing of what it says."""
+    """Return a line about what nobody foresaw: which exception, and where; nothing of what it says."""
     place = "an unknown place"
     for frame in traceback.extract_tb(error.__traceback__):
         path = Path(frame.filename)
         if any(path.is_relative_to(_ROOT / package) for package in _PACKAGES):
             place = f"{path.relative_to(_ROOT)}:{frame.lineno}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: check disk, owner and mode of the files named by --log and --config ({place})"
     return f"internal error, please report this line: {type(error).__name__} at {place}"
 
 

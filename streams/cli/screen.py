@@ -66,7 +66,7 @@ class _Screening:
 
     def __init__(self, args: argparse.Namespace, deployment: "Deployment", now_s: int) -> None:
         from processors.screen.quiet_hours import QuietHours
-        from processors.screen.suppression import scope_id
+        from processors.screen.suppression import covering_scopes
         from streams.state.suppressions import SuppressionTail
 
         policy = deployment.config.policy
@@ -87,8 +87,7 @@ class _Screening:
         self.tail = SuppressionTail(deployment.log)
         sender = "" if args.sender is None else normalise(plain(args.sender), self._region).value
         campaign = None if args.campaign is None else plain(args.campaign)
-        names = ["platform", "account", *(["sender"] if sender else []), *(["campaign"] if campaign else [])]
-        self._scopes = tuple(scope_id(name, account.id, sender, campaign, self._tokens) for name in names)
+        self._scopes = covering_scopes(account.id, sender, campaign, self._tokens)
 
     def answer(self, text: str) -> dict[str, Any]:
         """Return the verdict on a number, as JSON fields; the number is not among them."""

@@ -284,7 +284,7 @@ def test_a_file_without_a_header_is_refused_and_not_repeated(call, tmp_path, hea
 def test_what_is_exported_can_be_imported_elsewhere(call, tmp_path):
     # Given
     call("optout", "add", PERSON, "--account", "acme", "--class", "service", "--reason", "CASE-1")
-    call("optout", "add", PERSON, "--account", "acme", "--campaign", "a:b|c", "--channel", "sms")
+    call("optout", "add", PERSON, "--account", "acme", "--campaign", "autumn-1", "--channel", "sms")
     call("optout", "add", PERSON, "--account", "acme", "--channel", "voice")
     call("optout", "add", "a.person@example.org", "--authority", "officer")
     call("optout", "add", OTHER, "--account", "acme")
@@ -301,7 +301,7 @@ def test_what_is_exported_can_be_imported_elsewhere(call, tmp_path):
     assert sorted(row.rsplit(",", 1)[0] for row in rows[1:]) == sorted([
         f"{PERSON},acme,,,service,sms,person,CASE-1",
         f"{PERSON},acme,,,service,voice,person,CASE-1",
-        f"{PERSON},acme,,a:b|c,all,sms,person,",
+        f"{PERSON},acme,,autumn-1,all,sms,person,",
         f"{PERSON},acme,,,all,voice,person,",
         "a.person@example.org,,,,all,sms,officer,",
         "a.person@example.org,,,,all,voice,officer,",

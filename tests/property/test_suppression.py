@@ -11,6 +11,7 @@ from processors.screen.suppression import (
     parse_key,
     record_key,
 )
+from tests.support.records import examples
 
 TOKENS = Tokens(1, bytes(32))
 NOW_S = 1000
@@ -54,6 +55,7 @@ def opted_out(view):
     return {(token, rule) for token, rules in states(view).items() for rule, out in rules.items() if out}
 
 
+@examples(100)
 @given(st.lists(CHANGES, max_size=30))
 def test_the_log_in_its_order_decides_who_is_opted_out(changes):
     overlay = Overlay(Suppressions())
@@ -62,6 +64,7 @@ def test_the_log_in_its_order_decides_who_is_opted_out(changes):
     assert opted_out(overlay) == model(changes)
 
 
+@examples(100)
 @given(st.lists(st.lists(CHANGES, max_size=8), max_size=5))
 def test_batches_merged_one_by_one_a_view_read_from_the_log_and_one_long_batch_agree(batches):
     # Given batches, each folded over the view that the ones before it left
@@ -86,6 +89,7 @@ def test_batches_merged_one_by_one_a_view_read_from_the_log_and_one_long_batch_a
     assert opted_out(merged) == opted_out(read)
 
 
+@examples(100)
 @given(st.lists(CHANGES, max_size=30))
 def test_compaction_to_the_newest_record_of_each_key_changes_nobodys_state(changes):
     # Given the records that a batch wrote
@@ -102,12 +106,14 @@ def test_compaction_to_the_newest_record_of_each_key_changes_nobodys_state(chang
     assert opted_out(read) == opted_out(overlay)
 
 
+@examples(100)
 @given(st.binary(min_size=16, max_size=16), st.text(), st.integers(1, 10**6), st.booleans())
 def test_a_key_is_read_as_it_is_written(token, campaign, version, out):
     rule = Rule(f"campaign:a:{campaign}".encode("utf-8", "replace").decode(), "all", "sms", "person")
     assert parse_key(record_key(version, Change(token, rule, out, 0, "", None))) == (version, token, rule, out)
 
 
+@examples(100)
 @given(st.lists(CHANGES, max_size=20))
 def test_no_event_time_is_further_ahead_than_five_minutes(changes):
     overlay = Overlay(Suppressions())

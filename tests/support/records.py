@@ -13,6 +13,7 @@ from typing import NamedTuple
 from urllib.parse import quote
 
 import orjson
+from hypothesis import HealthCheck, settings
 
 import schemas
 from processors.keyring import EpochKey, KeyRing, Needs, PersonSecret
@@ -35,6 +36,11 @@ LISTING_POLICY = DEFAULT_POLICY.replace("any = true", "any = false")
 SEED = hashlib.sha256(b"tests").digest()
 TOKENS = Tokens(1, SEED)
 STREAM_OF = {row.domain.value: name for name, row in CATALOG.items() if row.domain is not None}
+
+
+def examples(count):
+    """Return the settings of a property: how many examples, and none of them on a clock."""
+    return settings(max_examples=count, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 # --- records ------------------------------------------------------------------------------------------------

@@ -158,7 +158,7 @@ def test_a_preference_about_a_campaign_must_name_it():
         ("account_id", ""), ("account_id", "a b"), ("account_id", "x" * 65), ("account_id", "-a"),
         ("sender", None), ("sender", 4915112345678), ("recipient", ["+4915112345678"]), ("recipient", "x" * 321),
         ("country", "de"), ("country", "DEU"), ("mcc", "26"), ("mcc", 262), ("mnc", "1"), ("mnc", "1234"),
-        ("route", "a" * 41), ("route", ""), ("route", "Müller"), ("route", "call 555-123-4567"),
+        ("route", "a" * 33), ("route", "a b"), ("route", ""), ("route", "Müller"), ("route", "call 555-123-4567"),
         ("status", "+4915112345678"), ("status", "4915112345678"), ("status", "5 5 5 1 2 3 4"), ("status", "a@b"),
         ("error_code", "x" * 129), ("campaign_id", "x" * 129), ("client_ip", "x" * 65), ("location", "x" * 1025),
         ("display_name", "x" * 257), ("child", "yes"), ("child", 1), ("content", 5), ("segments", -1),

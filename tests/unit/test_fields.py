@@ -64,15 +64,15 @@ def test_what_a_record_shows_of_itself_is_its_type():
 # --- codes --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["a", "DELIVRD", "route 7", "a:b/c.d_e-f", "0", "123456", "12 34 56", "x" * 40])
+@pytest.mark.parametrize("text", ["a", "DELIVRD", "route-7", "a:b/c.d_e-f", "0", "123456", "12-34-56", "x" * 32])
 def test_a_code_may_stand_in_the_clear(text):
     assert is_code(text)
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", " a", "-a", "x" * 41, "a\n", "é", "a,b", "a+b", "a@b", "(1)", "1234567", "x1234567", "123-4567",
-     "1 2 3 4 5 6 7", "1.2.3.4.5.6.7", "12/34:56_7", "1 - 234567", "a\x00", "٣"],
+    ["", " a", "-a", "x" * 33, "route 7", "a ", "a\n", "é", "a,b", "a+b", "a@b", "(1)", "1234567", "x1234567",
+     "123-4567", "1 2 3 4 5 6 7", "1.2.3.4.5.6.7", "12/34:56_7", "1 - 234567", "a\x00", "٣"],
 )  # fmt: skip
 def test_what_could_hold_a_number_or_a_text_is_no_code(text):
     assert not is_code(text)

@@ -151,7 +151,7 @@ def test_two_people_on_a_call_are_two_parts_each_under_its_own_secret():
     (message,) = done.of("cdr.pii")
     opened = done.opened("cdr.pii")[0]
     # Then the caller's own fields are apart from all others, and under another secret
-    assert opened["other"] == {"type": "cdr", "sender": OTHER, "display_name": "Ann", "client_ip": "192.0.2.1"}
+    assert opened["other"] == {"type": "cdr", "v": 1, "sender": OTHER, "display_name": "Ann", "client_ip": "192.0.2.1"}
     assert opened["primary"]["recipient"] == PERSON
     assert set(opened["primary"]) & {"sender", "display_name", "client_ip"} == set()
     assert opened["primary"]["location"] == "here"
@@ -172,13 +172,13 @@ def test_two_people_on_a_call_are_two_parts_each_under_its_own_secret():
 
 def test_the_other_party_of_an_inbound_call_is_its_recipient():
     opened = run([voice_cdr(direction="mo", sender=PERSON, recipient=OTHER, display_name="Ann")]).opened("cdr.pii")[0]
-    assert opened["other"] == {"type": "cdr", "recipient": OTHER}
+    assert opened["other"] == {"type": "cdr", "v": 1, "recipient": OTHER}
     assert (opened["primary"]["sender"], opened["primary"]["display_name"]) == (PERSON, "Ann")
 
 
 def test_a_request_with_two_people_is_two_parts_as_well():
     done = run([sms_request(sender=OTHER)])
-    assert done.opened("cleared")[0]["other"] == {"type": "request", "sender": OTHER}
+    assert done.opened("cleared")[0]["other"] == {"type": "request", "v": 1, "sender": OTHER}
     assert len(set(sids(done.of("cleared")[0]))) == 2
 
 

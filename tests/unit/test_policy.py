@@ -149,7 +149,7 @@ def test_every_sentence_ends_with_its_clause(text):
 def test_an_account_is_explained_without_its_numbers():
     words = "\n".join(explain(parse_policy(policy_with(add=ACCOUNT), "p")))
     assert "Account acme: content is never stored (INF-2)." in words
-    assert "Account acme: 2 numbers are its own, not a person's (KAL-3)." in words
+    assert "Account acme: its own numbers, no person's: 2 (KAL-3)." in words
     assert (
         "Account acme, content data: the platform is controller from 2026-01-01 until before 2026-07-01, "
         "by agreement MSA-17/2026 (KAL-1)." in words
@@ -351,6 +351,10 @@ WRONG = {
             ('keep = "10 years"', 'keep = "59 days" # HERE'),
         ),
         "would die before",
+    ),
+    "opt-outs that end": (
+        policy_with(('keep = "until lifted"', 'keep = "10 years" # HERE')),
+        "opt-outs are kept 'until lifted'",
     ),
     "content kept in months": (policy_with(('keep = "30 days"', 'keep = "2 months" # HERE')), "content is kept"),
     "an account's content kept for ever": (

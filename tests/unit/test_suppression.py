@@ -10,6 +10,7 @@ from processors.screen.suppression import (
     State,
     Suppressions,
     Tokens,
+    covering_scopes,
     fold,
     parse_key,
     record_key,
@@ -123,7 +124,7 @@ def test_a_token_is_blake2b_with_the_key_of_the_store():
 @pytest.mark.parametrize(
     ("scope", "text"),
     [("platform", "platform"), ("account", "account:acme"), ("sender", f"sender:acme:{TOKENS.of('ACME').hex()}"),
-     ("campaign", "campaign:acme:a:b|c")],
+     ("campaign", f"campaign:acme:~{TOKENS.of('a:b|c').hex()}")],
 )  # fmt: skip
 def test_a_scope_names_all_that_it_is_about(scope, text):
     assert scope_id(scope, "acme", "ACME", "a:b|c", TOKENS) == text
@@ -159,3 +160,13 @@ def test_what_is_shown_holds_neither_number_nor_token_nor_scope():
     shown = repr([overlay, overlay.changes, *overlay.changed.values(), overlay.changes[0].rule])
     for secret in (PERSON[1:], TOKEN.hex(), "s3cret"):
         assert secret not in shown
+
+
+@pytest.mark.parametrize("campaign", ["4915112345678", "Ann Example +49 151 12345678", "a|b", "line\nbreak"])
+def test_a_campaign_that_is_no_code_is_named_by_its_token(campaign):
+    tokens = Tokens(1, b"k" * 32)
+    named = scope_id("campaign", "acme", "", campaign, tokens)
+    assert campaign not in named
+    assert named == scope_id("campaign", "acme", "", named.removeprefix("campaign:acme:"), tokens)
+    assert named in covering_scopes("acme", "ACME", campaign, tokens)
+    assert scope_id("campaign", "acme", "", "autumn-1", tokens) == "campaign:acme:autumn-1"
