@@ -32,12 +32,19 @@ def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
     tail.add_argument("stream", metavar="STREAM", choices=[name for name in CATALOG if name not in INPUTS],
                       help="one of: " + ", ".join(name for name in CATALOG if name not in INPUTS))  # fmt: skip
     tail.add_argument("--from-beginning", action="store_true", help="from the first record (default: the last 10)")
-    tail.add_argument("--max", type=int, choices=range(1, 2**31), metavar="N", help="at most N records")
+    tail.add_argument("--max", type=_count, metavar="N", help="at most N records")
     tail.add_argument("--follow", action="store_true", help="go on with what comes")
     tail.add_argument("--reveal", action="store_true", help="open what this user may open; logged to audit")
     tail.add_argument("--reason", metavar="REASON", help="why: a code or case reference, needed with --reveal")
     tail.add_argument("--json", action="store_true", help="one JSON object a line")
     tail.set_defaults(run=_run)
+
+
+def _count(text: str) -> int:
+    """Return a number of records, 1 or more. Raises ValueError."""
+    if (count := int(text)) < 1:
+        raise ValueError("at least 1")
+    return count
 
 
 def _run(args: argparse.Namespace) -> int:

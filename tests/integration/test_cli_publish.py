@@ -1,7 +1,6 @@
 import asyncio
 import fcntl
 import json
-import os
 import random
 import subprocess
 import sys
@@ -345,14 +344,6 @@ def test_a_file_whose_format_cannot_be_told_is_refused_with_the_choices(tmp_path
     file.write_text("x")
     assert publish(file) == 1
     assert "pass --format ndjson|asterisk" in capsys.readouterr().err
-
-
-@pytest.mark.skipif(os.getuid() == 0, reason="nothing is unreadable to root")
-def test_a_file_that_may_not_be_read_is_one_clear_line(tmp_path, publish, capsys):
-    file = ndjson(tmp_path / "in.ndjson", [record(1)])
-    file.chmod(0)
-    assert publish(file) == 1
-    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_folder_is_one_clear_line(tmp_path, publish, capsys):

@@ -75,7 +75,7 @@ class Place:
         self.url = f"sqlite:///{self.log_path}"
         self.config = folder / "streamveil.toml"
         self._files = 0
-        self._processes: list[subprocess.Popen] = []
+        self._processes: dict[subprocess.Popen, Path] = {}  # → its standard error
         self.configure(**settings)
 
     def configure(self, **settings: object) -> None:
@@ -108,17 +108,23 @@ class Place:
 
     def start(self, *words: object, sabotage: str | None = None, out: object = subprocess.PIPE) -> subprocess.Popen:
         """Start a command; `ended` waits for its end, and `close` kills what is left. `out`: a file for its output."""
-        process = subprocess.Popen(
-            self._line(words, sabotage), stdout=out, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, cwd=self.folder
-        )
-        self._processes.append(process)
+        self._files += 1
+        path = self.folder / f"err-{self._files}.txt"
+        with path.open("wb") as err:
+            process = subprocess.Popen(
+                self._line(words, sabotage), stdout=out, stderr=err, stdin=subprocess.DEVNULL, cwd=self.folder
+            )
+        self._processes[process] = path
         return process
 
-    @staticmethod
-    def ended(process: subprocess.Popen) -> Done:
+    def told(self, process: subprocess.Popen) -> str:
+        """Return what a process has written to standard error so far."""
+        return self._processes[process].read_text()
+
+    def ended(self, process: subprocess.Popen) -> Done:
         """Wait for a process's end."""
-        out, err = process.communicate(timeout=PATIENCE_S)
-        return Done(process.returncode, (out or b"").decode(), err.decode())
+        out, _ = process.communicate(timeout=PATIENCE_S)
+        return Done(process.returncode, (out or b"").decode(), self.told(process))
 
     def call(self, *words: object, data: bytes = b"") -> Done:
         """Run a command to its end in this process."""
