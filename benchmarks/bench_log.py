@@ -7,7 +7,7 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
-from benchmarks.common import KINDS, SMOKE, batch, report
+from benchmarks.common import SMOKE, batch, report
 from schemas.catalog import partition_for
 from schemas.outbound import Message, Output
 from streams.config import Config, load
@@ -15,20 +15,21 @@ from streams.deployment import open_log
 from streams.worker.supervisor import run_one
 
 RECORDS = 4000 if SMOKE else 100_000
-PEOPLE = 20_000
+CASES = (("sms cdr", 5_000), ("sms request", 5_000), ("voice cdr", 5_000), ("sms cdr", 20_000))
+"""Kind of record, and number of different people among the records; each is new once."""
 
 
 def config_in(folder: str, name: str) -> Config:
     return load(Namespace(config="streamveil.toml", log=f"sqlite:///{folder}/{name}/log.db"))
 
 
-async def publish(config: Config, kind: str) -> None:
+async def publish(config: Config, kind: str, people: int) -> None:
     log = await open_log(config)
     stream = "traffic" if kind == "sms request" else "traffic.cdr"
     for first in range(0, RECORDS, 10_000):
         by_partition: dict[int, list[Message]] = {}
-        for index, value in enumerate(batch(kind, PEOPLE, first % PEOPLE, min(10_000, RECORDS))):
-            key = b"%d" % (index % PEOPLE)
+        for index, value in enumerate(batch(kind, people, 0, min(10_000, RECORDS), first)):
+            key = b"%d" % ((first + index) % people)
             partition = partition_for(key, log.partitions)
             by_partition.setdefault(partition, []).append(Message(int(time.time() * 1000), key, (), value))
         await log.append([Output(stream, partition, messages) for partition, messages in by_partition.items()])
@@ -78,15 +79,16 @@ def timed(run) -> tuple[float, float]:
 def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
-        for kind in KINDS:
-            full = config_in(folder, f"full-{kind.replace(' ', '-')}")
-            asyncio.run(publish(full, kind))
+        for number, (kind, people) in enumerate(CASES):
+            full = config_in(folder, f"full-{number}")
+            asyncio.run(publish(full, kind, people))
             wall, cpu = timed(run_one(full, until_idle=True))
-            bare = config_in(folder, f"bare-{kind.replace(' ', '-')}")
-            asyncio.run(publish(bare, kind))
+            bare = config_in(folder, f"bare-{number}")
+            asyncio.run(publish(bare, kind, people))
             bare_wall, bare_cpu = timed(pass_through(bare, asyncio.run(sizes(full))))
             rows.append({
                 "case": f"{kind}, end to end",
+                "people": people,
                 "records": RECORDS,
                 "records_per_s": round(RECORDS / wall),
                 "us": round(wall / RECORDS * 1e6, 2),

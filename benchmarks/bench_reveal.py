@@ -45,7 +45,7 @@ def main() -> None:
     bench_log.RECORDS = 4000 if SMOKE else 40_000
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         config = bench_log.config_in(folder, "reveal")
-        asyncio.run(bench_log.publish(config, "sms request"))
+        asyncio.run(bench_log.publish(config, "sms request", 5_000))
         asyncio.run(run_one(config, until_idle=True))
         report([asyncio.run(opened(config))])
 

@@ -78,10 +78,10 @@ def voice_cdr(index: int, person: int, rng: random.Random) -> bytes:
 KINDS = {"sms cdr": sms_cdr, "sms request": sms_request, "voice cdr": voice_cdr}
 
 
-def batch(kind: str, people: int, first: int = 0, size: int = BATCH) -> list[bytes]:
-    """Return records of one kind about `people` different people, numbered from `first`."""
-    rng = random.Random(SEED + first)
-    return [KINDS[kind](index, first + index % people, rng) for index in range(size)]
+def batch(kind: str, people: int, first: int = 0, size: int = BATCH, start: int = 0) -> list[bytes]:
+    """Return records number `start` and on of one kind, about `people` different people numbered from `first`."""
+    rng = random.Random(SEED + first + start)
+    return [KINDS[kind](index, first + index % people, rng) for index in range(start, start + size)]
 
 
 class Bench:

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 from schemas.fields import is_code
 
 MAX_AHEAD_S = 300
-TOKEN_MARK = "~"
+TOKEN_MARK = "~"  # noqa: S105 — a mark, not a password
 """Stands before the token of a campaign whose id is no code."""
 _NAMED_BY_TOKEN = re.compile(TOKEN_MARK + r"[0-9a-f]{32}").fullmatch
 

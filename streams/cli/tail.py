@@ -114,15 +114,25 @@ def _shown(stored: Stored, opened: Revealed | None) -> dict[str, Any]:
         "partition": stored.partition,
         "offset": stored.offset,
         "timestamp": datetime.fromtimestamp(stored.timestamp_ms // 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "key": None if stored.key is None else stored.key.decode(),
-        "headers": {name: value.decode() for name, value in stored.headers},
-        "value": orjson.loads(stored.value),
+        "key": None if stored.key is None else stored.key.decode(errors="replace"),
+        "headers": {name: value.decode(errors="replace") for name, value in stored.headers},
+        "value": _value(stored.value),
     }
     if stored.stream == SUPPRESSIONS:
-        line["key"] = _TOKEN.sub("token", line["key"])
-        line["value"]["entry"] = line["key"]
+        line["key"] = _TOKEN.sub("token", line["key"] or "")
+        if line["value"] is not None:
+            line["value"]["entry"] = line["key"]
     if opened is not None:
         line["reveal"] = {"state": opened.state.value, "fields": opened.fields, "withheld": list(opened.withheld)}
         if opened.reason is not None:
             line["reveal"]["reason"] = opened.reason
     return line
+
+
+def _value(value: bytes) -> dict[str, Any] | None:
+    """Return a value as it is shown: None if it is damaged."""
+    try:
+        fields = orjson.loads(value)
+    except ValueError:
+        return None
+    return fields if isinstance(fields, dict) else None

@@ -112,6 +112,7 @@ class Revealer:
         now_s = int(self._clock())
         taken: list[Sealed | None] = []
         allowed: list[bool] = []
+        granted: dict[tuple[str, str], bool] = {}
         for stream in dict.fromkeys(message.stream for message in messages):
             if not self._principal.may_open(stream, None):
                 raise RevealDenied(
@@ -129,7 +130,10 @@ class Revealer:
                 allowed.append(False)
             else:
                 taken.append(found)
-                allowed.append(self._principal.may_open(message.stream, found.account or None))
+                asked = (message.stream, found.account)
+                if asked not in granted:
+                    granted[asked] = self._principal.may_open(message.stream, found.account or None)
+                allowed.append(granted[asked])
         await self._audit(messages, taken, allowed, reason, action, now_s)
         parts = [part for sealed, may in zip(taken, allowed, strict=True) if sealed and may for part in sealed.parts]
         epochs = self._store.open_epochs(_key_ids(parts), now_s)
@@ -145,24 +149,24 @@ class Revealer:
             else:
                 result = _open(message.stream, sealed, epochs, persons, now_at)
                 if message.stream == CLEARED and result.state is State.REVEALED:
-                    why = self._forbidden(sealed, result.fields, now_at)
+                    why = self._forbidden(sealed, result.fields, now_s)
                     if why is not None:
                         result = Revealed(State.DENIED, {}, (), why.reason)
                         refusals.setdefault(message.partition, []).append(self._second_verdict(sealed, why, now_s))
             results.append(result)
         return results, refusals
 
-    def _forbidden(self, sealed: Sealed, fields: Mapping[str, Any], now_at: str) -> Verdict | None:
+    def _forbidden(self, sealed: Sealed, fields: Mapping[str, Any], now_s: int) -> Verdict | None:
         """Return the refusal of an opened request that must not be sent any more, if so."""
-        if now_at > sealed.fields["not_after"]:
+        if instant(now_s) > sealed.fields["not_after"]:
             return Verdict("too_late", "REG-3")
         account_id = sealed.account
-        account = self._planner.policy.account(account_id)
-        if account is None:
+        plan = self._planner.plan(account_id, now_s)
+        if plan is None:
             return Verdict("account_unknown", "CAL-2")
-        region = account.default_region or fields.get("country")
+        region = plan.account.default_region or fields.get("country")
         party = normalise(fields["recipient"], region)
-        if not party.is_person or party.value in account.own:
+        if not party.is_person or party.value in plan.own:
             return None
         token = self._tokens.of(party.value)
         if self._tail.view.get(token) is None:

@@ -465,7 +465,7 @@ def _read_meta(db: sqlite3.Connection, path: Path) -> dict[str, Any]:
     try:
         meta = dict(db.execute("SELECT name, value FROM meta"))
     except sqlite3.OperationalError as error:
-        if error.sqlite_errorcode != sqlite3.SQLITE_ERROR:  # anything but: no such table
+        if getattr(error, "sqlite_errorcode", 0) != sqlite3.SQLITE_ERROR:  # anything but: no such table
             raise
         meta = {}
     if "schema" not in meta:
@@ -491,9 +491,14 @@ _PROBLEMS = {
 
 @contextmanager
 def _translated(path: Path) -> Iterator[None]:
-    """Turn SQLite's errors into ours; what is none of them is a bug and stays as it is."""
+    """Turn SQLite's errors into ours; what is none of them is a bug and stays as it is.
+
+    The statements are right, so SQLite finds one wrong, or a text that is none, only where the file was damaged.
+    """
     try:
         yield
+    except UnicodeDecodeError as error:
+        raise KeysUnusable(_PROBLEMS[sqlite3.SQLITE_CORRUPT], path=str(path)) from error
     except sqlite3.Error as error:
         code = getattr(error, "sqlite_errorcode", 0)  # errors of the Python module itself have none
         primary = code & 0xFF
@@ -503,6 +508,8 @@ def _translated(path: Path) -> Iterator[None]:
             raise KeysFull(path=str(path)) from error
         if primary in _PROBLEMS:
             raise KeysUnusable(_PROBLEMS[primary], path=str(path)) from error
+        if isinstance(error, sqlite3.OperationalError):
+            raise KeysUnusable(_PROBLEMS[sqlite3.SQLITE_CORRUPT], path=str(path)) from error
         raise
 
 

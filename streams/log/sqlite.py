@@ -150,8 +150,10 @@ class _File:
                 raise LogFull(file=str(self.path)) from error
             if code in _UNUSABLE:
                 raise self.unusable(_UNUSABLE[code]) from error
+            if isinstance(error, sqlite3.OperationalError):  # the statements are right, so the file is not
+                raise self.unusable(_UNUSABLE[sqlite3.SQLITE_CORRUPT]) from error
             raise
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise self.unusable(_UNUSABLE[sqlite3.SQLITE_CORRUPT]) from error
 
     @contextmanager

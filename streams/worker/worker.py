@@ -9,6 +9,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 
 from processors.pipeline import Inbox, Outcome, Pipeline
 from processors.seal import ENTROPY_BYTES, Entropy
@@ -80,9 +81,11 @@ class Worker:
                     await self._pause(_BACKOFF_S[min(waits, len(_BACKOFF_S) - 1)])
                     waits += 1
             await self._forget_all()
-        finally:
-            await self._consumer.close()
-            self._keys.close()
+        finally:  # what cannot be given back now runs out by itself
+            with suppress(Retriable):
+                await self._consumer.close()
+            with suppress(Retriable):
+                self._keys.close()
 
     async def _step(self, timeout_s: float) -> bool:
         """Do one batch, or wait a moment for one; return whether there was one."""

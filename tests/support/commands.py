@@ -74,6 +74,8 @@ class Place:
         self.log_path = self.data / "log.db"
         self.url = f"sqlite:///{self.log_path}"
         self.config = folder / "streamveil.toml"
+        self.aside = folder
+        """Where input files and standard errors go."""
         self._files = 0
         self._processes: dict[subprocess.Popen, Path] = {}  # → its standard error
         self.configure(**settings)
@@ -109,11 +111,12 @@ class Place:
     def start(self, *words: object, sabotage: str | None = None, out: object = subprocess.PIPE) -> subprocess.Popen:
         """Start a command; `ended` waits for its end, and `close` kills what is left. `out`: a file for its output."""
         self._files += 1
-        path = self.folder / f"err-{self._files}.txt"
+        path = self.aside / f"err-{self._files}.txt"
         with path.open("wb") as err:
             process = subprocess.Popen(
-                self._line(words, sabotage), stdout=out, stderr=err, stdin=subprocess.DEVNULL, cwd=self.folder
-            )
+                self._line(words, sabotage), stdout=out, stderr=err, stdin=subprocess.DEVNULL, cwd=self.folder,
+                start_new_session=True,
+            )  # fmt: skip
         self._processes[process] = path
         return process
 
@@ -146,7 +149,7 @@ class Place:
     def file(self, *records: object) -> Path:
         """Return a new file of records, a line each."""
         self._files += 1
-        path = self.folder / f"in-{self._files}.ndjson"
+        path = self.aside / f"in-{self._files}.ndjson"
         path.write_bytes(b"".join(raw(one) + b"\n" for one in records))
         return path
 
@@ -232,11 +235,13 @@ class Place:
         return [path for path in found if "registries" not in path.parts]
 
     def close(self) -> None:
-        """Kill and collect what is still running."""
+        """Kill what is still running, with its children."""
         for process in self._processes:
-            if process.poll() is None:
-                os.kill(process.pid, signal.SIGKILL)
-            process.communicate()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
 
 
 def is_stopped(process: subprocess.Popen) -> bool:
