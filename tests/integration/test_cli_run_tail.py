@@ -120,7 +120,7 @@ def test_the_last_ten_are_shown_wherever_they_lie(place):
     first = place.call("tail", "verdicts", "--json").lines
     assert len(first) == 10
     assert len({line["partition"] for line in first}) == 4
-    ends = {partition: 0 for partition in range(4)}
+    ends = dict.fromkeys(range(4), 0)
     for line in place.tail("verdicts"):
         ends[line["partition"]] = line["offset"] + 1
     for partition in range(4):  # what is shown of a partition is its end

@@ -1,6 +1,7 @@
 """What can go wrong around a worker: one clear line, nothing leaks, and nothing is lost once it is mended."""
 
 import os
+import random
 import shutil
 import signal
 import sqlite3
@@ -113,7 +114,7 @@ def test_without_its_root_key_nothing_runs_and_with_it_everything_does(place, sp
     place.work()
     place.publish(*records(10, "b"))
     mend = spoil(place)
-    before = place.stored("traffic") if spoil is None else place.committed()
+    before = place.committed()
     for words in (("run", "--until-idle"), ("tail", "cdr.pii", "--reveal", "--reason", "X"), ("optout", "add", PERSON)):
         done = place.call(*words)
         clear_line(done, saying=saying)
@@ -232,12 +233,38 @@ def test_a_damaged_file_is_told_in_one_line_and_a_backup_mends_it(place, name, h
         assert any(word in done.err for word in ("restore", "check", "put it back", "put the right one"))
         assert "internal error" not in done.err
         path.write_bytes(backup)
-        for beside in place.data.glob(f"{name}-*"):
-            beside.unlink()
         assert place.work() == 20
     assert not [leak for leak in LEAKS if leak in done.err]
     if name != "log.db" or done.status != 0:
         assert all_done(place)
+
+
+def test_whichever_bytes_are_damaged_it_is_never_a_traceback_nor_a_bug(place):
+    # Given a deployment, of which a copy is damaged again and again
+    place.publish(*records(10, "a"), b"bad")
+    place.work()
+    place.publish(*records(10, "b"))
+    chance = random.Random(20261121)
+    for _ in range(20):
+        name = chance.choice(("log.db", "log-traffic.db", "keys.db"))
+        path = place.data / name
+        content = bytearray(backup := path.read_bytes())
+        for _ in range(chance.choice((1, 3, 20))):
+            at, size = chance.randrange(len(content)), chance.choice((1, 4, 100, 4096))
+            content[at : at + size] = chance.randbytes(len(content[at : at + size]))
+        kept = {other: other.read_bytes() for other in place.data.iterdir() if other.is_file()}
+        path.write_bytes(content)
+        for words in (
+            ("tail", "cdr.pii", "--reveal", "--reason", "X"), ("tail", "verdicts", "--json"), ("quarantine", "list"),
+            ("keys", "status"), ("run", "--until-idle"),
+        ):  # fmt: skip
+            done = place.call(*words)
+            assert done.status in (0, 1)
+            assert not [leak for leak in (*LEAKS, "internal error") if leak in done.err], (name, words)
+        for other, was in kept.items():
+            other.write_bytes(was)
+        path.write_bytes(backup)
+    assert place.work() == 20
 
 
 def test_a_lost_key_store_is_not_replaced_by_a_new_one(place):
@@ -259,7 +286,9 @@ def test_a_lost_key_store_is_not_replaced_by_a_new_one(place):
 def small_disk(folder, size):
     """Mount a disk of its own at a folder; it grows when asked."""
     folder.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=False, capture_output=True)
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=False, capture_output=True
+    )
     if made.returncode:
         pytest.skip("this system lets nobody mount a small disk")
     try:
@@ -357,55 +386,47 @@ SqliteKeyStore.fetch = limited
 
 # --- keys that change under a batch ------------------------------------------------------------------------------
 
-ONCE_BEFORE_COMMIT = """
-import asyncio, os, time
-from pathlib import Path
+SLEEPS_BEFORE_ITS_FIRST_COMMIT = """
+import time
 from streams.log.sqlite import SqliteConsumer
 commit = SqliteConsumer.commit
 async def late(self, *args):
     SqliteConsumer.commit = commit
-    {what}
+    time.sleep(0.7)
     await commit(self, *args)
 SqliteConsumer.commit = late
+"""
+SLOW_GUARD = """
+import time
+from pathlib import Path
+from streams.keys.cache import KeyCache
+guard = KeyCache.guard
+def late(self):
+    KeyCache.guard = guard
+    check = guard(self)
+    Path({flag!r}).touch()
+    while not Path({go!r}).exists():
+        time.sleep(0.01)
+    self._lease.renew()
+    return check
+KeyCache.guard = late
 """
 
 
 def test_a_batch_whose_key_lease_ran_out_before_its_commit_is_prepared_anew(place):
     place.configure(key_lease_s=0.5, **SHORT_LEASE)
     place.publish(*records(20))
-    done = place.run("run", "--until-idle", sabotage=ONCE_BEFORE_COMMIT.format(what="time.sleep(0.7)"))
+    done = place.run("run", "--until-idle", sabotage=SLEEPS_BEFORE_ITS_FIRST_COMMIT)
     assert (done.status, done.records) == (0, 40)
     assert done.err.startswith("streamveil: waiting: The key lease ran out before the commit;")
     assert all_done(place)
 
 
 def test_what_was_sealed_before_a_person_was_destroyed_is_not_committed_after(place):
-    # Given a batch that is sealed and about to be committed
+    # Given a batch that is sealed, and not yet committed when its person is destroyed and the worker hears of it
     place.publish(sms_cdr(record_id="c1", recipient=PERSON, occurred_at=ago()))
     flag, go = place.folder / "sealed", place.folder / "go"
-    wait = f"""Path({str(flag)!r}).touch()
-    while not Path({str(go)!r}).exists():
-        time.sleep(0.01)
-    time.sleep(1.1)"""
-    late = ONCE_BEFORE_COMMIT.format(what=wait) + """
-from streams.worker.worker import Worker
-process = Worker._process
-renewing = SqliteConsumer.commit
-async def renewed(self, *args):
-    # as the worker does at the end of its batch, after the destruction
-    return await process(self, *args)
-"""
-    running = place.start("run", "--until-idle", sabotage=late.replace(
-        "    await commit(self, *args)\n", "    LEASE[0].renew()\n    await commit(self, *args)\n", 1
-    ) + """
-from streams.keys.cache import KeyLease
-LEASE = []
-made = KeyLease.__init__
-def kept(self, *args, **options):
-    made(self, *args, **options)
-    LEASE.append(self)
-KeyLease.__init__ = kept
-""")  # fmt: skip
+    running = place.start("run", "--until-idle", sabotage=SLOW_GUARD.format(flag=str(flag), go=str(go)))
     eventually(flag.exists, "it is sealed")
 
     async def destroy(deployment):
@@ -471,7 +492,14 @@ def test_a_contradictory_policy_is_one_line_with_its_place_and_nothing_runs(plac
 
 
 def test_an_agreement_twice_for_the_same_days_is_refused(place):
-    role = '[[account.role]]\ndata_class = "content"\nrole = "controller"\nagreement = "{}"\nfrom = 2023-01-01\nclause = "KAL-1"\n'
+    role = """
+[[account.role]]
+data_class = "content"
+role = "controller"
+agreement = "{}"
+from = 2023-01-01
+clause = "KAL-1"
+"""
     place.policy(LISTING_POLICY + account() + role.format("A 1") + role.format("A 2"))
     clear_line(place.call("run", "--until-idle"), saying="two agreements on content for the same days")
 

@@ -399,6 +399,15 @@ def test_the_entry_is_committed_before_a_key_is_fetched(full):
     assert seen == [(1,)]
 
 
+NO_ROOM_TO_NOTE = """
+from schemas.errors import LogFull
+from streams.log.sqlite import SqliteLog
+async def append(*_):
+    raise LogFull
+SqliteLog.append = append
+"""
+
+
 def test_nothing_opens_if_it_cannot_be_noted(full):
     touched = []
 
@@ -413,10 +422,7 @@ def test_nothing_opens_if_it_cannot_be_noted(full):
         opened(full, "cdr.pii", before=break_log)
     assert touched == []
     # and through the command line
-    broken = "from streams.log.sqlite import SqliteLog\nfrom schemas.errors import LogFull\n" + (
-        "async def append(*_):\n    raise LogFull\nSqliteLog.append = append"
-    )
-    done = full.run("tail", "cdr.pii", "--reveal", "--reason", "X", "--json", sabotage=broken)
+    done = full.run("tail", "cdr.pii", "--reveal", "--reason", "X", "--json", sabotage=NO_ROOM_TO_NOTE)
     assert done.out == ""
     assert "The disk of the log is full" in one_line(done)
 
