@@ -114,6 +114,23 @@ def test_past_its_deadline_by_the_clock_it_is_destroyed_whether_or_not_a_job_ran
     assert {(str(one.fields), one.withheld) for one in dead} == {("{}", ())}
 
 
+def test_of_one_epoch_each_record_dies_at_its_own_instant(place):
+    # Given two texts of one day, one of them from after the account had asked for a shorter life
+    noon = f"{ago(86_400)[:10]}T12:00:00Z"
+    for record_id, keep in (("long", "30 days"), ("short", "7 days")):
+        place.configure(**SHORT_LEASE)
+        place.policy(DEFAULT_POLICY.replace('keep = "30 days"', f'keep = "{keep}"'))
+        place.publish(sms_cdr(record_id=record_id, occurred_at=noon))
+        assert place.work() == 1
+    assert len({value["sealed"][0]["key"] for value in place.values("content")}) == 1
+    # Then in between one is alive and the other is not, whatever the key's own life
+    short_s = min(instant_s(value["privacy"]["expires_at"]) for value in place.values("content"))
+    before, after = (opened(place, "content", clock=lambda at=at: at) for at in (short_s - 1, short_s))
+    assert states(before) == ["revealed", "revealed"]
+    assert sorted(states(after)) == ["destroyed", "revealed"]
+    assert [one.fields["record_id"] for one in after if one.fields] == ["long"]
+
+
 def test_an_opt_out_has_no_deadline(full):
     assert states(opened(full, "suppressions", clock=lambda: instant_s("2099-01-01T00:00:00Z"))) == ["revealed"]
 
