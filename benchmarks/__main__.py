@@ -4,12 +4,10 @@ import json
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 from benchmarks.common import SMOKE, machine
 
 CASES = ("stages", "pipeline", "log", "reveal", "memory")
-HERE = Path(__file__).parent
 
 
 def main() -> int:
@@ -34,9 +32,7 @@ def main() -> int:
     if SMOKE:
         print("smoke run: these figures are no measurement")
         return 0
-    folder = HERE / "results"
-    folder.mkdir(exist_ok=True)
-    path = folder / f"{time.strftime('%Y%m%d-%H%M%S')}.json"
+    path = results() / f"{time.strftime('%Y%m%d-%H%M%S')}.json"
     path.write_text(json.dumps({"machine": where, "results": results}, indent=1) + "\n")
     print(f"written: {path}")
     return 0

@@ -5,9 +5,8 @@ import os
 import tempfile
 import time
 from argparse import Namespace
-from pathlib import Path
 
-from benchmarks.common import SMOKE, batch, report
+from benchmarks.common import SMOKE, batch, report, results
 from schemas.catalog import partition_for
 from schemas.outbound import Message, Output
 from streams.config import Config, load
@@ -78,7 +77,7 @@ def timed(run) -> tuple[float, float]:
 
 def main() -> None:
     rows = []
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+    with tempfile.TemporaryDirectory(dir=results()) as folder:
         for number, (kind, people) in enumerate(CASES):
             full = config_in(folder, f"full-{number}")
             asyncio.run(publish(full, kind, people))

@@ -9,7 +9,7 @@ import random
 import tempfile
 from pathlib import Path
 
-from benchmarks.common import BATCH, SMOKE, Bench, batch, report, rss_mib
+from benchmarks.common import BATCH, SMOKE, Bench, batch, report, results, rss_mib
 from processors.seal import Entropy
 from streams.keys.cache import KeyCache, KeyLease
 from streams.keys.sqlite import SqliteKeyStore
@@ -20,7 +20,7 @@ TOTAL = 40_000 if SMOKE else 2_000_000
 def main() -> None:
     bench = Bench()
     rng = random.Random(1)
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+    with tempfile.TemporaryDirectory(dir=results()) as folder:
         store = SqliteKeyStore.open(Path(folder) / "data" / "keys.db", Path(folder) / "kms")
         lease = KeyLease(store, "bench")
         lease.renew()

@@ -3,12 +3,11 @@
 import asyncio
 import tempfile
 import time
-from pathlib import Path
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from benchmarks import bench_log
-from benchmarks.common import SMOKE, best_us, report
+from benchmarks.common import SMOKE, best_us, report, results
 from streams.deployment import Deployment
 from streams.keys.reveal import State
 from streams.worker.supervisor import run_one
@@ -43,7 +42,7 @@ async def opened(config) -> dict[str, object]:
 
 def main() -> None:
     bench_log.RECORDS = 4000 if SMOKE else 40_000
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+    with tempfile.TemporaryDirectory(dir=results()) as folder:
         config = bench_log.config_in(folder, "reveal")
         asyncio.run(bench_log.publish(config, "sms request", 5_000))
         asyncio.run(run_one(config, until_idle=True))

@@ -116,6 +116,13 @@ def best_us(run: Callable[[], object], records: int, *, seconds: float = 3.0, fr
     return round(times[0], 2), round(times[len(times) // 2], 2)
 
 
+def results() -> Path:
+    """Return the folder of results, which git ignores; cases work below it, on the disk of the checkout."""
+    folder = Path(__file__).parent / "results"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 def rss_mib() -> float:
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20

@@ -478,7 +478,7 @@ class SqliteConsumer:
         """Take the log; nothing is claimed before the first `poll`."""
         self._log = log
         self._main = log._main  # noqa: SLF001 — two halves of one module
-        self._traffic = log._traffic  # noqa: SLF001
+        self._traffic = log._traffic  # noqa: SLF001 — the consumer is the other half of the log
         self._worker_id = worker_id
         self._held: dict[int, int] = {}  # partition → lease epoch
         self._outstanding: int | None = None  # the partition of a batch that is not committed yet
@@ -577,7 +577,7 @@ class SqliteConsumer:
         `check` is called at the last moment before the commit; if it raises, nothing is written. Raises
         Fenced when the lease was lost or the batch is not the next one.
         """
-        self._log._checked(outputs)  # noqa: SLF001
+        self._log._checked(outputs)  # noqa: SLF001 — as above
         if any(output.stream in INPUTS for output in outputs):
             raise ValueError("an input stream is no output")
         place = (batch.stream, batch.partition)
