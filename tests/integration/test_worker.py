@@ -13,6 +13,7 @@ import pytest
 from tests.support.commands import SHORT_LEASE, Place, ago, eventually, is_stopped, one_line
 from tests.support.records import reply, sms_cdr, sms_request, voice_cdr
 
+LONG_LEASE = {"lease_s": 4.0}
 SLOW = """
 import time
 from processors.pipeline import Pipeline
@@ -95,6 +96,7 @@ def test_what_is_committed_gets_no_second_outcome_from_a_restart(place):
 
 
 def test_several_workers_share_the_partitions(place):
+    place.configure(**LONG_LEASE)
     # Given two workers in balance
     running = place.start("run", "--workers", 2)
     shares = (
@@ -116,6 +118,7 @@ def test_several_workers_share_the_partitions(place):
 
 
 def test_several_workers_until_idle_do_everything_once(place):
+    place.configure(**LONG_LEASE)
     place.publish(*map(request, range(300)), *map(cdr, range(300)))
     done = place.run("run", "--workers", 2, "--until-idle")
     assert (done.status, done.records) == (0, 600)
@@ -133,6 +136,7 @@ def test_a_worker_of_several_that_fails_stops_the_others_in_one_line_of_its_own(
 
 
 def test_many_publish_run_and_tail_at_once(place):
+    place.configure(**LONG_LEASE)
     # Given three gateways, two workers and two readers on one deployment that nobody has made yet
     files = [place.file(*[request(part * 100 + n) for n in range(100)]) for part in range(3)]
     workers = place.start("run", "--workers", 2)
@@ -233,11 +237,12 @@ def test_a_zombie_that_wakes_between_batches_goes_on_with_what_is_free(place):
 
 def test_a_worker_that_sleeps_inside_its_commit_is_waited_for_and_not_fenced(place):
     # Given a worker asleep with the log locked
+    place.configure(lease_s=1.5)
     place.publish(*map(request, range(50)))
     sleeper = place.start("run", "--until-idle", sabotage=STOPS_IN_COMMIT)
     eventually(lambda: is_stopped(sleeper), "it sleeps")
     other = place.start("run", "--until-idle")
-    time.sleep(1.5)
+    time.sleep(2)
     # When it wakes after its lease
     sleeper.send_signal(signal.SIGCONT)
     # Then its commit stands, and the other does the rest
