@@ -59,7 +59,7 @@ class _Field(_Table, frozen=True, kw_only=True):
     only: Channel | None = None
 
     def reader(self, at: Index) -> Read:
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: each kind of field has its own
 
 
 class Text(_Field, frozen=True, kw_only=True):
