@@ -24,7 +24,7 @@ from schemas.fields import (
     normalise,
     seen,
 )
-from schemas.inbound import SMS_FIELDS, VOICE_FIELDS, Cdr, Inbound, Preference, Price, Request
+from schemas.inbound import CODE_FIELDS, SMS_FIELDS, VOICE_FIELDS, Cdr, Inbound, Preference, Price, Request
 
 FIELDS = frozenset(classes_of(Request, Cdr, Preference)) - {"class_"} | {"type", "class"}
 MAX_AHEAD_S = 48 * 3600
@@ -140,7 +140,7 @@ def _first_wrong(
     for name, text, shape in (("country", country, _COUNTRY), ("mcc", mcc, _MCC), ("mnc", mnc, _MNC)):
         if text is not None and not shape.fullmatch(text):
             return f"bad_value:{name}"
-    for name, text in (("route", route), ("status", status)):
+    for name, text in zip(CODE_FIELDS, (route, status), strict=True):
         if text is not None and not is_code(text):
             return f"bad_value:{name}"
     if price is not None and (canonical_amount(price.amount) is None or not _CURRENCY.fullmatch(price.currency)):

@@ -11,9 +11,6 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from schemas.sealed import KeyId
 
-PLATFORM = "platform"
-"""The owner of what the platform controls; no account may have this name."""
-
 
 class EpochRef(NamedTuple):
     """Which epoch key: domain, owner (an account id or `PLATFORM`), epoch (`2026-11`, `2026-11-21`, …, or `-`)."""

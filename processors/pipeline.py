@@ -11,6 +11,7 @@ A batch that waited or was aborted is prepared anew. Every input offset ends in 
 from collections import Counter
 from collections.abc import Callable, Sequence
 from enum import StrEnum
+from itertools import chain
 from typing import NamedTuple
 
 import msgspec
@@ -305,11 +306,15 @@ class _Preparation:
         prepared = self.prepared
         persons = prepared.needs.persons
         seals: Counter[Template] = Counter()
-        for item in prepared.cdrs:
-            deadlines_s = item.plan.circle.deadlines_s
-            for ref in (item.primary, item.other, item.content_person):
+        asked = chain(
+            ((item.plan.circle, (item.primary, item.other, item.content_person)) for item in prepared.cdrs),
+            ((item.circle, (item.primary, item.other)) for item in prepared.requests),
+            ((item.plan.circle, (item.person,)) for item in prepared.reviews),
+        )
+        for circle, refs in asked:
+            for ref in refs:
                 if ref is not None:  # accounts share the platform's secrets: the longest life counts
-                    deadline_s = deadlines_s[ref.owner]
+                    deadline_s = circle.deadlines_s[ref.owner]
                     if persons.setdefault(ref, deadline_s) < deadline_s:
                         persons[ref] = deadline_s
         for plan, count in Counter([item.plan for item in prepared.cdrs if item.personal]).items():
@@ -317,17 +322,11 @@ class _Preparation:
         for plan, count in Counter([item.plan for item in prepared.cdrs if item.content is not None]).items():
             if plan.content is not None:
                 seals[plan.content] += count
-        for asked in prepared.requests:
-            if asked.template is not None:
-                seals[asked.template] += 2
-                for ref in (asked.primary, asked.other):
-                    if ref is not None:
-                        deadline_s = asked.circle.deadlines_s[ref.owner]
-                        persons[ref] = max(deadline_s, persons.get(ref, deadline_s))
+        for request in prepared.requests:
+            if request.template is not None:
+                seals[request.template] += 2
         for review in prepared.reviews:
             seals[review.plan.review] += 1
-            deadline_s = review.plan.circle.deadlines_s[review.person.owner]
-            persons[review.person] = max(deadline_s, persons.get(review.person, deadline_s))
         for change in prepared.overlay.changes:
             seals[self.planner.output("suppressions", _account_of(change.rule), self.now_s)] += 1
         if prepared.quarantined:

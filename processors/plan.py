@@ -9,11 +9,12 @@ from datetime import UTC, date, datetime
 
 import orjson
 
-from processors.keyring import PLATFORM, EpochRef, PersonRef
-from processors.retention import Calendar, Moment, content_expires_s, instant
+from processors.keyring import EpochRef, PersonRef
+from processors.retention import DAY_S, Calendar, Moment, content_expires_s, instant
 from processors.roles import Tags, headers, privacy_object, tags
 from processors.screen.suppression import Tokens
 from schemas.catalog import CATALOG, Domain
+from schemas.fields import PLATFORM
 from schemas.outbound import Headers
 from schemas.policy import Account, Policy
 from schemas.sealed import split_envelope
@@ -24,7 +25,6 @@ MAX_PEOPLE = 65_536
 REVIEW_DAYS = 30
 _SLOT_S = 900
 _HOUR_S = 3600
-_DAY_S = 86_400
 
 
 class Template:
@@ -87,14 +87,13 @@ class Plan:
 
     __slots__ = (
         "account", "anonymous", "circle", "content", "content_envelope", "content_expires_s",
-        "increment_s", "moment", "month", "own", "period", "pii", "pii_envelope", "review",
+        "increment_s", "moment", "own", "period", "pii", "pii_envelope", "review",
         "review_envelope", "review_expires_s",
     )  # fmt: skip
 
     account: Account
     own: frozenset[str]
     moment: Moment
-    month: str
     period: str  # account, coarse instant, deadlines: with equal clear values, equal anonymous records
     content_expires_s: int
     review_expires_s: int
@@ -147,7 +146,7 @@ class Planner:
     def output(self, stream: str, account_id: str, now_s: int) -> Template:
         """Return the template of a stream whose life counts from now: verdicts, cleared, quarantine, suppressions."""
         row = CATALOG[stream]
-        slot = (stream, account_id, now_s // (_HOUR_S if row.domain is Domain.TRANSIT else _DAY_S))
+        slot = (stream, account_id, now_s // (_HOUR_S if row.domain is Domain.TRANSIT else DAY_S))
         found = self._outputs.get(slot)
         if found is None:
             if len(self._outputs) >= MAX_PLANS:
@@ -158,7 +157,7 @@ class Planner:
     def _output(self, stream: str, account_id: str, now_s: int) -> Template:
         row = CATALOG[stream]
         moment = self.calendar.moment(now_s)
-        unit_s = _HOUR_S if row.domain is Domain.TRANSIT else _DAY_S
+        unit_s = _HOUR_S if row.domain is Domain.TRANSIT else DAY_S
         deadline_s: int | None
         if row.max_hours is not None:
             deadline_s = now_s // unit_s * unit_s + row.max_hours * _HOUR_S
@@ -196,8 +195,6 @@ class Planner:
         plan = Plan()
         plan.account = account
         plan.own = account.own
-        plan.moment = moment
-        plan.month = moment.month_epoch
         plan.increment_s = self.policy.increment_s(account)
         traffic = tags(self.policy, account_id, "traffic", _day(ts))
         content = tags(self.policy, account_id, "content", _day(ts))

@@ -9,18 +9,7 @@ from datetime import UTC, date, datetime, time, timedelta, tzinfo
 from functools import lru_cache
 from typing import NamedTuple
 
-from schemas.policy import UNTIL_LIFTED, Period, Policy, Retention, parse_keep
-
-__all__ = [
-    "UNTIL_LIFTED",
-    "Calendar",
-    "Moment",
-    "Period",
-    "content_expires_s",
-    "deadline",
-    "instant",
-    "parse_keep",
-]
+from schemas.policy import Policy, Retention
 
 DAY_S = 86_400
 SLOT_S = 900

@@ -15,6 +15,9 @@ from typing import Any, get_type_hints
 import msgspec
 import phonenumbers
 
+PLATFORM = "platform"
+"""The owner of what the platform controls; no account may have this name."""
+
 MAX_RECORD_BYTES = 1_000_000
 """A larger inbound record is quarantined unread."""
 

@@ -18,7 +18,7 @@ import msgspec
 from phonenumbers import SUPPORTED_REGIONS
 
 from schemas.errors import PolicyInvalid
-from schemas.fields import is_account, is_code
+from schemas.fields import PLATFORM, is_account, is_code
 from schemas.inbound import Channel, Purpose, SuppressionClass, SuppressionScope
 
 CLAUSES = frozenset(
@@ -27,9 +27,6 @@ CLAUSES = frozenset(
     for number in range(1, count + 1)
 )
 """Every clause a rule may cite."""
-
-PLATFORM = "platform"
-"""The owner of what the platform controls; no account may have this name."""
 
 UNTIL_LIFTED = "until lifted"
 NEVER = ("never", "never stored")

@@ -37,7 +37,6 @@ class Config(NamedTuple):
 
     policy: Policy
     policy_source: str
-    log_url: str
     log_path: Path
     kms_dir: Path
     roles_path: Path | None
@@ -74,7 +73,6 @@ def load(args: Namespace) -> Config:
     return Config(
         policy=policy,
         policy_source=source,
-        log_url=url,
         log_path=log_path,
         kms_dir=kms_dir,
         roles_path=base / settings.roles if settings.roles else None,

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from processors.keyring import PLATFORM, EpochRef, Needs, PersonRef, PersonSecret
+from processors.keyring import EpochRef, Needs, PersonRef, PersonSecret
 from schemas.errors import Fatal, KeysBusy, KeysFull, KeysUnusable, Retriable
+from schemas.fields import PLATFORM
 from schemas.sealed import KeyId
 from streams.keys.sqlite import SEAL_BLOCK, SqliteKeyStore
 from streams.keys.store import Gone

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from processors.keyring import PLATFORM
+from schemas.fields import PLATFORM
 from tests.support.commands import SHORT_LEASE, Place, ago, eventually, one_line
 from tests.support.records import DEFAULT_POLICY, LISTING_POLICY, PERSON, account, sms_cdr, sms_request, voice_cdr
 

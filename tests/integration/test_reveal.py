@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from processors.keyring import PLATFORM, EpochRef
+from processors.keyring import EpochRef
 from schemas.errors import InputInvalid, LogBusy, RevealDenied
-from schemas.fields import normalise
+from schemas.fields import PLATFORM, normalise
 from streams.keys.reveal import Revealer, State
 from streams.keys.roles import Grant, Principal, principal
 from streams.log.sqlite import SqliteLog

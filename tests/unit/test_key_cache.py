@@ -2,8 +2,9 @@
 
 import pytest
 
-from processors.keyring import PLATFORM, EpochKey, EpochRef, Needs, PersonRef, PersonSecret
+from processors.keyring import EpochKey, EpochRef, Needs, PersonRef, PersonSecret
 from schemas.errors import KeysBusy, KeysChanged, LeaseExpired
+from schemas.fields import PLATFORM
 from schemas.sealed import KeyId, key_info, record_key
 from streams.keys.cache import KeyCache, KeyLease
 from streams.keys.store import Fetched
