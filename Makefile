@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types unit bench bench-smoke lock clean
+.PHONY: help install demo kafka kafka-stop test lint types unit bench bench-smoke lock clean
 
 help:  ## say what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -19,8 +19,14 @@ $(STAMP): pyproject.toml requirements.lock
 
 install: $(STAMP)  ## make .venv and install what the lock file names
 
-demo: $(STAMP)  ## run the whole pipeline on generated traffic and show where every record ended
-	$(BIN)/streamveil demo
+demo: $(STAMP)  ## run the whole pipeline on generated traffic and show where every record ended; KAFKA=1: on Kafka
+	$(if $(KAFKA),$(BIN)/python deploy/kafka/broker.py demo,$(BIN)/streamveil demo)
+
+kafka: $(STAMP)  ## start an Apache Kafka on loopback and say how to connect; PLAINTEXT=1: for benchmarks only
+	@$(BIN)/python deploy/kafka/broker.py start $(if $(PLAINTEXT),--plaintext)
+
+kafka-stop: $(STAMP)  ## stop it; its data stays
+	@$(BIN)/python deploy/kafka/broker.py stop
 
 test: lint types unit  ## check lint, layers and types, and run every test
 

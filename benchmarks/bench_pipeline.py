@@ -20,7 +20,7 @@ def main() -> None:
                 if people == "all new":  # as after a fetch: secrets are there, nothing was derived from them yet
                     ring.ciphers.clear()
                     for circle in bench.pipeline.planner._circles.values():
-                        circle.people.clear()
+                        circle.met.clear()
 
             def whole(bench=bench, values=values, ring=ring) -> None:
                 bench.pipeline.complete(bench.prepare(values), ring, Entropy(os.urandom(32)), 4)

@@ -7,7 +7,7 @@ import json
 import re
 from datetime import UTC, datetime
 from functools import lru_cache
-from operator import attrgetter
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 import orjson
@@ -15,16 +15,14 @@ import orjson
 from schemas.errors import Poison
 from schemas.fields import (
     MAX_RECORD_BYTES,
-    Party,
     canonical_amount,
     classes_of,
     is_account,
     is_code,
     is_record_id,
-    normalise,
-    seen,
+    values_of,
 )
-from schemas.inbound import CODE_FIELDS, SMS_FIELDS, VOICE_FIELDS, Cdr, Inbound, Preference, Price, Request
+from schemas.inbound import CODE_FIELDS, SMS_FIELDS, VOICE_FIELDS, Cdr, Inbound, Preference, Request
 
 FIELDS = frozenset(classes_of(Request, Cdr, Preference)) - {"class_"} | {"type", "class"}
 MAX_AHEAD_S = 48 * 3600
@@ -49,7 +47,8 @@ REASONS = frozenset(
     | {"bad_value"}
 )
 
-_SMS_ONLY, _VOICE_ONLY = attrgetter(*SMS_FIELDS), attrgetter(*VOICE_FIELDS)
+_CLEAR = values_of(("country", "mcc", "mnc", "route", "status", "price"))
+_SMS_ONLY, _VOICE_ONLY = values_of(SMS_FIELDS), values_of(VOICE_FIELDS)
 _NO_SMS, _NO_VOICE = (None,) * len(SMS_FIELDS), (None,) * len(VOICE_FIELDS)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _decoder: msgspec.json.Decoder[Inbound] = msgspec.json.Decoder(Inbound)
@@ -57,6 +56,15 @@ _PATH = re.compile(r"at `\$\.([a-z_]+)")
 _MISSING = re.compile(r"missing required field `([a-z_]+)`")
 _LEAP_SECOND = re.compile(r"(\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d):60(\.\d+)?([Zz]|[+-]\d\d:\d\d)")
 _COUNTRY, _MCC, _MNC, _CURRENCY = (re.compile(p) for p in ("[A-Z]{2}", "[0-9]{3}", "[0-9]{2,3}", "[A-Z]{3}"))
+
+
+class HasDigits(Protocol):
+    """Somebody at one end of a communication; `digits`: what a record id must not spell out, or nothing."""
+
+    digits: str
+
+
+_End = TypeVar("_End", bound=HasDigits)
 
 
 class _Digits(str):
@@ -100,25 +108,20 @@ def decode_shape(value: bytes) -> Inbound:
 
 def check_clear(record: Inbound) -> None:
     """Raise Poison if one of the values that may stand in the clear is not what it must be."""
-    wrong = _first_wrong(record.country, record.mcc, record.mnc, record.route, record.status, record.price)
+    wrong = _first_wrong(_CLEAR(record))
     if wrong is not None:
         raise Poison(wrong)
 
 
-def parties(record: Inbound, region: str | None) -> tuple[Party, Party]:
+def parties(record: Inbound, sender: _End, recipient: _End) -> tuple[_End, _End]:
     """Return primary person and other party: recipient and sender of `mt`, sender and recipient of `mo`.
 
     Raises Poison if the record id spells out one of their numbers: ids stand in the clear in verdicts.
     """
-    region = region or record.country
-    sender = seen(record.sender) or normalise(record.sender, region)
-    recipient = seen(record.recipient) or normalise(record.recipient, region)
     record_id = record.record_id
-    if (recipient.is_person and recipient.value[1:] in record_id and len(recipient.value) >= 8) or (
-        sender.is_person and sender.value[1:] in record_id and len(sender.value) >= 8
-    ):
+    if (recipient.digits and recipient.digits in record_id) or (sender.digits and sender.digits in record_id):
         raise Poison("record_id_holds_number")
-    if record.direction == "mt" and not isinstance(record, Preference):
+    if record.direction == "mt" and type(record) is not Preference:
         return recipient, sender
     return sender, recipient
 
@@ -133,10 +136,9 @@ def timestamp(record: Inbound, now_s: float) -> int:
 
 
 @lru_cache(maxsize=8192)
-def _first_wrong(
-    country: str | None, mcc: str | None, mnc: str | None, route: str | None, status: str | None, price: Price | None
-) -> str | None:
+def _first_wrong(clear: tuple[Any, ...]) -> str | None:
     """Return the reason for the first wrong one of the values that may stand in the clear; memoised: there are few."""
+    country, mcc, mnc, route, status, price = clear
     for name, text, shape in (("country", country, _COUNTRY), ("mcc", mcc, _MCC), ("mnc", mnc, _MNC)):
         if text is not None and not shape.fullmatch(text):
             return f"bad_value:{name}"

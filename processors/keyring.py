@@ -20,7 +20,7 @@ class EpochRef(NamedTuple):
     epoch: str
 
 
-class PersonRef(msgspec.Struct, frozen=True, gc=False):
+class PersonRef(msgspec.Struct, frozen=True, gc=False, cache_hash=True):
     """Which person secret: owner, 16-byte token of the person, month of the communication (`2026-11`)."""
 
     owner: str
@@ -52,6 +52,13 @@ class PersonSecret(NamedTuple):
         return "PersonSecret()"
 
 
+class CipherGroup(NamedTuple):
+    """Whose record ciphers differ by nothing but the person: those of one epoch key and one account."""
+
+    epoch: KeyId
+    account: str
+
+
 class Needs(NamedTuple):
     """What a batch needs. Values: deadline in Unix seconds (epochs: None for none), and the number of seals."""
 
@@ -62,8 +69,8 @@ class Needs(NamedTuple):
 class KeyRing:
     """Keys and secrets in memory, with the record ciphers derived from them.
 
-    `epochs` lacks an epoch that is dead: nothing is sealed under it any more. `ciphers` are kept by
-    ("KEY ID|ACCOUNT", sid). Bounded by its owner (the cache).
+    `epochs` lacks an epoch that is dead: nothing is sealed under it any more. `ciphers` are kept by group and then
+    by sid (or salt). Bounded by its owner (the cache).
     """
 
     __slots__ = ("ciphers", "epochs", "persons")
@@ -71,7 +78,7 @@ class KeyRing:
     def __init__(self) -> None:
         self.epochs: dict[EpochRef, EpochKey] = {}
         self.persons: dict[PersonRef, PersonSecret] = {}
-        self.ciphers: dict[tuple[str, str], AESGCM] = {}
+        self.ciphers: dict[CipherGroup, dict[str, AESGCM]] = {}
 
     def __repr__(self) -> str:
         return f"KeyRing({len(self.epochs)} epochs, {len(self.persons)} persons)"

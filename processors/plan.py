@@ -14,23 +14,38 @@ from processors.retention import DAY_S, Calendar, Moment, content_expires_s, ins
 from processors.roles import Tags, headers, privacy_object, tags
 from processors.screen.suppression import Tokens
 from schemas.catalog import CATALOG, Domain
-from schemas.fields import PLATFORM
+from schemas.fields import PLATFORM, Party, is_normal, normalise
 from schemas.outbound import Headers
 from schemas.policy import Account, Policy
 from schemas.sealed import split_envelope
 
 MAX_PLANS = 8192
 MAX_CIRCLES = 256
-MAX_PEOPLE = 65_536
+MAX_MET = 65_536
+MIN_DIGITS = 8
+"""Characters of the shortest address that a record id is searched for."""
 REVIEW_DAYS = 30
 _SLOT_S = 900
 _HOUR_S = 3600
 
 
 class Template:
-    """The constant parts of one stream's values: key epoch, owner, deadline, envelope (without the parts), headers."""
+    """The constant parts of one stream's values of an account: key epoch, owner, deadline, headers, privacy object.
 
-    __slots__ = ("account", "deadline_s", "headers", "owner", "privacy", "ref", "stream")
+    Those that a plan holds also have the circle they are about, and group, log timestamp and clear envelope (all but
+    the parts) of each value.
+    """
+
+    __slots__ = (
+        "account", "at_ms", "circle", "deadline_s", "group", "head", "headers", "owner", "privacy", "ref", "stream",
+        "tail",
+    )  # fmt: skip
+
+    circle: "Circle"
+    group: str
+    at_ms: int
+    head: bytes
+    tail: bytes
 
     def __init__(
         self, stream: str, account: str, ref: EpochRef | None, deadline_s: int | None, tag: Tags, privacy: bytes
@@ -47,34 +62,48 @@ class Template:
         """Return head and tail of the clear envelope with these fields beside `privacy`."""
         return split_envelope({**fields, "privacy": orjson.Fragment(self.privacy)})
 
+    def about(self, circle: "Circle", group: str, at_ms: int, head: bytes = b"", tail: bytes = b"") -> "Template":
+        """Return this template for a circle: with what its values have in common beyond the stream and the account."""
+        one = copy(self)
+        one.circle, one.group, one.at_ms, one.head, one.tail = circle, group, at_ms, head, tail
+        return one
 
-class Person:
-    """A person as an account's records of one month know them: the token, and the secrets by owner."""
 
-    __slots__ = ("account", "platform", "token")
+class Met:
+    """A party as an account's records of one month know it: if it is a person, the token and the secrets by owner.
 
-    def __init__(self, token: bytes, account_id: str, month: str) -> None:
+    `digits`: those of a person's number, which a record id must not spell out.
+    """
+
+    __slots__ = ("account", "digits", "party", "platform", "token")
+
+    def __init__(self, party: Party, token: bytes | None, account_id: str, month: str) -> None:
+        self.party = party
+        self.digits = party.value[1:] if party.is_person and len(party.value) >= MIN_DIGITS else ""
         self.token = token
-        self.account = PersonRef(account_id, token, month)
-        self.platform = PersonRef(PLATFORM, token, month)
+        self.account = None if token is None else PersonRef(account_id, token, month)
+        self.platform = None if token is None else PersonRef(PLATFORM, token, month)
 
     def __repr__(self) -> str:
-        return "Person()"
+        return "Met()"
 
-    def ref(self, template: Template) -> PersonRef:
-        """Return the secret that seals a template's values about this person."""
+    def ref(self, template: Template) -> PersonRef | None:
+        """Return the secret that seals a template's values about this party, or None if it is no person."""
         return self.platform if template.owner == PLATFORM else self.account
 
 
 class Circle:
-    """The people of an account and month seen lately, and until when their secrets are needed, by owner."""
+    """Whom an account's records of one month were about lately, and until when secrets are needed, by owner.
 
-    __slots__ = ("account_id", "deadlines_s", "month", "people")
+    `met` is by address in its normal form.
+    """
+
+    __slots__ = ("account_id", "deadlines_s", "met", "month")
 
     def __init__(self, account_id: str, month: str) -> None:
         self.account_id = account_id
         self.month = month
-        self.people: dict[str, Person] = {}
+        self.met: dict[str, Met] = {}
         self.deadlines_s: dict[str, int] = {}
 
     def keep_until(self, owner: str, deadline_s: int) -> None:
@@ -86,23 +115,18 @@ class Plan:
     """One account, one quarter of an hour. `content` is None where the account has its content never stored."""
 
     __slots__ = (
-        "account", "anonymous", "circle", "content", "content_envelope", "content_expires_s",
-        "increment_s", "moment", "own", "period", "pii", "pii_envelope", "review",
-        "review_envelope", "review_expires_s",
+        "account", "anonymous", "circle", "content", "content_expires_s", "increment_s", "moment", "period", "pii",
+        "review", "review_expires_s",
     )  # fmt: skip
 
     account: Account
-    own: frozenset[str]
     moment: Moment
     period: str  # account, coarse instant, deadlines: with equal clear values, equal anonymous records
     content_expires_s: int
     review_expires_s: int
     pii: Template
-    pii_envelope: tuple[bytes, bytes]
     content: Template | None
-    content_envelope: tuple[bytes, bytes]
     review: Template
-    review_envelope: tuple[bytes, bytes]
     anonymous: Template
     circle: Circle
     increment_s: int
@@ -133,14 +157,25 @@ class Planner:
         made = self._plans[slot] = None if account is None else self._make(account_id, account, ts)
         return made
 
-    def meet(self, circle: Circle, value: str, tokens: Tokens) -> Person:
-        """Return the person behind a normalised address, who is remembered until too many are."""
-        if self._met >= MAX_PEOPLE:
-            for full in self._circles.values():
-                full.people.clear()
-            self._met = 0
-        self._met += 1
-        met = circle.people[value] = Person(tokens.of(value), circle.account_id, circle.month)
+    def meet(self, plan: Plan, raw: str, country: str | None, tokens: Tokens) -> Met:
+        """Return the party behind an address as a gateway wrote it, in a record of `country`.
+
+        Remembered by normal form until too many are, so that `plan.circle.met.get(raw)` is the same, only sooner.
+        """
+        circle = plan.circle
+        party = normalise(raw, plan.account.default_region or country)
+        known = circle.met.get(party.value)
+        if known is not None and known.party == party:
+            return known
+        token = tokens.of(party.value) if party.is_person and party.value not in plan.account.own else None
+        met = Met(party, token, circle.account_id, circle.month)
+        if is_normal(raw, party):
+            if self._met >= MAX_MET:
+                for full in self._circles.values():
+                    full.met.clear()
+                self._met = 0
+            self._met += 1
+            circle.met[raw] = met
         return met
 
     def output(self, stream: str, account_id: str, now_s: int) -> Template:
@@ -194,7 +229,6 @@ class Planner:
         keep_days = self.policy.content_days(account)
         plan = Plan()
         plan.account = account
-        plan.own = account.own
         plan.increment_s = self.policy.increment_s(account)
         traffic = tags(self.policy, account_id, "traffic", _day(ts))
         content = tags(self.policy, account_id, "content", _day(ts))
@@ -206,22 +240,24 @@ class Planner:
         for owner in (PLATFORM, account_id):  # transit is sealed for whoever owns it on the day of the verdict
             plan.circle.keep_until(owner, self.calendar.account_secret_deadline_s(ts, None))
         pii_ref = EpochRef(Domain.PII, pii_owner, moment.month_epoch)
-        plan.pii = self._template("cdr.pii", account_id, pii_ref, moment.pii_expires_s, traffic)
-        plan.pii_envelope = plan.pii.envelope(account_id=account_id, month=moment.month_epoch)
+        pii = self._template("cdr.pii", account_id, pii_ref, moment.pii_expires_s, traffic)
+        envelope = pii.envelope(account_id=account_id, month=moment.month_epoch)
+        plan.pii = pii.about(plan.circle, "primary", moment.day_ms, *envelope)
         owner = _owner(content, account_id)
         plan.content = None
         plan.content_expires_s = 0
-        plan.content_envelope = (b"", b"")
         if keep_days is not None:
             ref = EpochRef(Domain.CONTENT, owner, moment.day_epoch)
             plan.content_expires_s = content_expires_s(ts, keep_days)
-            plan.content = self._template("content", account_id, ref, plan.content_expires_s, content)
-            plan.content_envelope = plan.content.envelope(account_id=account_id, day=moment.day_epoch)
+            kept = self._template("content", account_id, ref, plan.content_expires_s, content)
+            envelope = kept.envelope(account_id=account_id, day=moment.day_epoch)
+            plan.content = kept.about(plan.circle, "content", moment.day_ms, *envelope)
         review_days = REVIEW_DAYS if keep_days is None else min(keep_days, REVIEW_DAYS)
         review_ref = EpochRef(Domain.REVIEW, owner, moment.day_epoch)
         plan.review_expires_s = content_expires_s(ts, review_days)
-        plan.review = self._template("review", account_id, review_ref, plan.review_expires_s, content)
-        plan.review_envelope = plan.review.envelope(account_id=account_id, day=moment.day_epoch)
+        review = self._template("review", account_id, review_ref, plan.review_expires_s, content)
+        envelope = review.envelope(account_id=account_id, day=moment.day_epoch)
+        plan.review = review.about(plan.circle, "review", moment.day_ms, *envelope)
         plan.anonymous = self._template(
             "cdr.anonymous",
             account_id,

@@ -5,20 +5,24 @@ streams (nonces, salt, shuffle); they are never derived from input, never reused
 """
 
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, repeat
 from typing import NamedTuple, TypeVar
 
+import msgspec
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from pybase64 import b64encode
 
-from processors.keyring import EpochKey, KeyRing, PersonSecret
+from processors.keyring import CipherGroup, EpochKey, KeyRing, PersonRef, PersonSecret
+from processors.plan import Template
+from schemas.outbound import Message
 from schemas.sealed import (
     NO_PERSON,
     NONCE_BYTES,
+    PAD_BYTES,
     PADDING,
     SALT_BYTES,
     SEAL_ID_BYTES,
@@ -34,7 +38,9 @@ ENTROPY_BYTES = 32
 _DRAW = struct.Struct(f"{SEAL_ID_BYTES}s{NONCE_BYTES}s")
 _DRAWS = 1024
 _SID_CHARS = 32
-_SID_SIZE = _SID_CHARS.to_bytes(4, "big")
+_SID_SIZE, _SEAL_ID_SIZE = _SID_CHARS.to_bytes(4, "big"), SEAL_ID_BYTES.to_bytes(4, "big")
+OTHER = "other"
+"""The group of the part that another person's record holds of their own."""
 _T = TypeVar("_T")
 
 
@@ -76,63 +82,65 @@ class Entropy:
         return int.from_bytes(self._shuffle.take(8), "big") % bound
 
 
-Frame = tuple[bytes, bytes]
-"""What of a value comes before the sid in the AAD, and before the box in the value."""
+class Job(msgspec.Struct, frozen=True, gc=False):
+    """One value to be sealed: its template, its plaintext as JSON, and whose secret it takes (None: nobody's).
+
+    `own`: what another person's record holds of their own, for a part under their secret; None: there is one part.
+    `head`: that of the clear envelope, where it is not the template's.
+    """
+
+    template: Template
+    person: PersonRef | None
+    plaintext: bytes
+    head: bytes | None = None
+    other: PersonRef | None = None
+    own: bytes | None = None
+
+    def __repr__(self) -> str:
+        return "Job()"
 
 
-class OnePart(NamedTuple):
-    """How values of one part are sealed: `seal(frame(envelope head), person or None for the salt, plaintext)`."""
+class Way(NamedTuple):
+    """What all one-part values of a template have in common, rendered once a batch."""
 
-    frame: Callable[[bytes], Frame]
-    seal: Callable[[Frame, PersonSecret | None, bytes], bytes]
+    sealer: "Sealer"
+    ciphers: dict[str, AESGCM]
+    aad_start: bytes  # up to the seal id
+    aad_middle: bytes  # between the two sids
+    before_box: bytes
+    after_box: bytes  # up to the sid
+    after_sid: bytes
+    write: Callable[[Message], None]
 
 
 class Sealer:
     """Seals values of one stream, account and epoch key: everything constant is rendered once."""
 
-    __slots__ = ("_account", "_entropy", "_epoch", "_info", "_key_frame", "_name", "_ring", "_salt", "_stream")
+    __slots__ = ("_account", "_ciphers", "_entropy", "_epoch", "_info", "_key_frame", "_salt", "_stream")
 
     def __init__(self, ring: KeyRing, entropy: Entropy, stream: str, account: str, epoch: EpochKey) -> None:
-        self._ring = ring
+        self._ciphers = ring.ciphers.setdefault(CipherGroup(epoch.id, account), {})
         self._entropy = entropy
         self._epoch = epoch
         self._stream = stream
         self._account = account
-        self._name = f"{epoch.id}|{account}"
         self._info = key_info(epoch.id, account)
         self._key_frame = framed(str(epoch.id).encode())
         self._salt = "salt:" + entropy.salt.hex()
 
-    def one_part(self, tail: bytes, group: str) -> OnePart:
-        """Return how values of one part are sealed: as by `several`, with all that is constant rendered once.
+    def way(self, template: Template, write: Callable[[Message], None]) -> Way:
+        """Return how one-part values of a template are sealed: as by `several`, with all that is constant rendered."""
+        part = part_head(template.group, str(self._epoch.id))
+        aad_start = aad_head(self._stream, self._epoch.id.owner, self._account, template.group) + _SEAL_ID_SIZE
+        after_sid = b'"}' + template.tail
+        middle, before_box = self.around(template, template.head)
+        return Way(self, self._ciphers, aad_start, middle, before_box, b'",' + part[1:], after_sid, write)
 
-        `tail` is the envelope's (`schemas.sealed.split_envelope`); a head may be constant or each record's own.
-        """
-        part = part_head(group, str(self._epoch.id))
-        after_box, after_sid = b'",' + part[1:], b'"}' + tail
-        fixed_size = len(part) + _SID_CHARS + len(after_sid)
-        key_frame = self._key_frame
-        aad_start = aad_head(self._stream, self._epoch.id.owner, self._account, group) + b"\0\0\0\x10"
-        name, ciphers, draws = self._name, self._ring.ciphers, self._entropy.draws
-        join, base64, padding = b"".join, b64encode, PADDING
-
-        def frame(head: bytes) -> Frame:
-            size = (len(head) + fixed_size).to_bytes(4, "big")
-            return join((key_frame, size, head, part)), head + b'{"box":"'
-
-        def seal(frame: Frame, person: PersonSecret | None, plaintext: bytes) -> bytes:
-            aad_middle, before_box = frame
-            if person is None:
-                return self.several(before_box[: -len(b'{"box":"')], tail, ((group, None, plaintext),))
-            text, secret = person
-            cipher = ciphers.get((name, text)) or self._derive(text, secret)
-            sid = text.encode()
-            seal_id, nonce = next(draws)
-            aad = join((aad_start, seal_id, _SID_SIZE, sid, aad_middle, sid, after_sid))
-            ciphertext = cipher.encrypt(nonce, plaintext + padding[len(plaintext) % 32], aad)
-            return join((before_box, base64(seal_id + nonce + ciphertext), after_box, sid, after_sid))
-
-        return OnePart(frame, seal)
+    def around(self, template: Template, head: bytes) -> tuple[bytes, bytes]:
+        """Return what stands before the sid in the AAD, and before the box in the value, for a head of the envelope."""
+        part = part_head(template.group, str(self._epoch.id))
+        size = len(head) + len(part) + _SID_CHARS + len(b'"}') + len(template.tail)
+        return b"".join((self._key_frame, size.to_bytes(4, "big"), head, part)), head + b'{"box":"'
 
     def several(
         self,
@@ -153,7 +161,7 @@ class Sealer:
                 text, secret = person.sid, person.secret
             else:
                 text, secret = (NO_PERSON, b"") if bare else (self._salt, self._entropy.salt)
-            cipher = self._ring.ciphers.get((self._name, text)) or self._derive(text, secret)
+            cipher = self._ciphers.get(text) or self.derive(text, secret)
             sid = text.encode()
             prepared.append((cipher, sid, group, part_head(group, key) + sid + b'"}', plaintext))
         envelope = head + b",".join([clear for _, _, _, clear, _ in prepared]) + tail
@@ -166,6 +174,47 @@ class Sealer:
             nonce = next(self._entropy.draws)[1]
         return head + b",".join(sealed) + tail
 
-    def _derive(self, sid: str, secret: bytes) -> AESGCM:
-        cipher = self._ring.ciphers[self._name, sid] = record_key(self._epoch.key, secret, self._info)
+    def derive(self, sid: str, secret: bytes) -> AESGCM:
+        """Return the cipher for a secret that was not used in this group yet, and keep it."""
+        cipher = self._ciphers[sid] = record_key(self._epoch.key, secret, self._info)
         return cipher
+
+
+def seal_each(
+    jobs: Iterable[Job],
+    persons: Mapping[PersonRef, PersonSecret],
+    entropy: Entropy,
+    way_of: Callable[[Template], Way | None],
+) -> None:
+    """Seal each job and write it where its template's way leads; a template without a way is left out.
+
+    The one loop that every value of a person passes, twice a CDR: hence the many locals.
+    """
+    ways: dict[Template, Way | None] = {}
+    draws, join, base64, padding = entropy.draws, b"".join, b64encode, PADDING
+    for job in jobs:
+        template = job.template
+        try:
+            way = ways[template]
+        except KeyError:
+            way = ways[template] = way_of(template)
+        if way is None:
+            continue
+        sealer, ciphers, aad_start, aad_middle, before_box, after_box, after_sid, write = way
+        plaintext, head = job.plaintext, job.head
+        if job.own is None and job.person is not None:
+            if head is not None:
+                aad_middle, before_box = sealer.around(template, head)
+            text, secret = persons[job.person]
+            cipher = ciphers.get(text) or sealer.derive(text, secret)
+            sid = text.encode()
+            seal_id, nonce = next(draws)
+            aad = join((aad_start, seal_id, _SID_SIZE, sid, aad_middle, sid, after_sid))
+            ciphertext = cipher.encrypt(nonce, plaintext + padding[len(plaintext) % PAD_BYTES], aad)
+            value = join((before_box, base64(join((seal_id, nonce, ciphertext))), after_box, sid, after_sid))
+        else:
+            parts = [(template.group, None if job.person is None else persons[job.person], plaintext)]
+            if job.own is not None:
+                parts.append((OTHER, None if job.other is None else persons[job.other], job.own))
+            value = sealer.several(template.head if head is None else head, template.tail, parts)
+        write(Message(template.at_ms, None, template.headers, value))

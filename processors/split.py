@@ -5,17 +5,14 @@ left renders as it is, as the whole sealed record. The anonymous record's type d
 """
 
 from collections.abc import Callable, Mapping
-from operator import attrgetter
 from typing import Any
 
 import msgspec
 from msgspec.structs import force_setattr
 
-from processors.decode import check_clear
 from processors.retention import instant
-from schemas.errors import Poison
 from schemas.fields import PrivacyClass as P
-from schemas.fields import canonical_amount
+from schemas.fields import canonical_amount, values_of
 from schemas.inbound import Cdr, Communication, Request
 
 Render = Callable[[Any], bytes]
@@ -27,31 +24,18 @@ ANONYMOUS = frozenset({P.ACCOUNT, P.BILLING, P.PRICE})
 _encode = msgspec.json.Encoder().encode
 
 
-class Clear:
-    """The values of a record that may stand in the anonymous record; one object for equal values seen lately."""
-
-    __slots__ = ("values",)
-
-    def __init__(self, values: tuple[Any, ...]) -> None:
-        self.values = values
-
-
-MAX_CLEAR = 16_384
-
-
 class Layout:
     """The compiled split of one record type under one class table."""
 
     __slots__ = (
-        "_clear", "_clear_values", "_content", "_content_names", "_content_values", "_nothing", "anonymous", "other",
-        "whole",
+        "_content", "_content_names", "_content_values", "_nothing", "anonymous", "clear", "other", "whole",
     )  # fmt: skip
 
     def __init__(self, struct: type[Communication], classes: Mapping[str, P], *, with_content: bool) -> None:
         names = [name for name in struct.__struct_fields__ if name != "v"]
         self._content_names = [name for name in names if classes[name] is P.CONTENT and not with_content]
         sealed = [name for name in names if name not in self._content_names]
-        self._content_values = _getter(self._content_names)
+        self._content_values = values_of(self._content_names)
         optional = [(name, Any, None) for name in self._content_names]
         self._content = msgspec.defstruct(
             "Content", [("record_id", str), *optional], omit_defaults=True, frozen=True, gc=False
@@ -66,8 +50,8 @@ class Layout:
             self.other[direction] = (_renderer("primary", rest, kind), _renderer("other", own, kind))
         clear = [name for name in names if classes[name] in ANONYMOUS and name != "price"]
         priced = classes["price"] in ANONYMOUS
-        self._clear: dict[tuple[Any, ...], Clear] = {}
-        self._clear_values = _getter([*clear, *(["price"] if priced else [])])
+        self.clear = values_of([*clear, *(["price"] if priced else [])])
+        """Return the values of a record that may stand in the anonymous record; not checked yet (`check_clear`)."""
         self.anonymous = _anonymous(clear, priced=priced)
 
     def take(self, record: Communication, at: str) -> bytes | None:
@@ -78,37 +62,16 @@ class Layout:
         force_setattr(record, "occurred_at", at)
         if record.answered_at is not None:
             force_setattr(record, "answered_at", instant(int(record.answered_at.timestamp() // 1)))
-        if not self._content_names:
-            return None
         values = self._content_values(record)
         if values == self._nothing:
             return None
-        said = False
-        for name, value in zip(self._content_names, values, strict=True):
-            if value is not None:
-                force_setattr(record, name, None)
-                said = said or value != ""
-        return _encode(self._content(record.record_id, *values)) if said else None
-
-    def clear(self, record: Cdr) -> Clear:
-        """Return what of a record may stand in the anonymous record. Raises Poison if a value is not as it must be."""
-        try:
-            values = self._clear_values(record)
-            return self._clear[values]
-        except KeyError:
-            check_clear(record)
-        except TypeError:  # a value without a hash: a signaling NaN
-            raise Poison("bad_value:price") from None
-        if len(self._clear) >= MAX_CLEAR:
-            self._clear.clear()
-        made = self._clear[values] = Clear(values)
-        return made
-
-
-def _getter(names: list[str]) -> Callable[[Any], tuple[Any, ...]]:
-    if len(names) > 1:
-        return attrgetter(*names)
-    return lambda record: tuple(getattr(record, name) for name in names)
+        content = _encode(self._content(record.record_id, *values))
+        for name in self._content_names:
+            force_setattr(record, name, None)
+        for value in values:
+            if value is not None and value != "":
+                return content
+        return None
 
 
 def _renderer(title: str, names: list[str], kind: str) -> Render:
@@ -119,11 +82,11 @@ def _renderer(title: str, names: list[str], kind: str) -> Render:
         frozen=True,
         gc=False,
     )
-    get = _getter(names)
+    get = values_of(names)
     return lambda record: _encode(struct(kind, record.v, *get(record)))
 
 
-def _anonymous(names: list[str], *, priced: bool) -> Callable[[Clear, int | None, str, bytes], bytes]:
+def _anonymous(names: list[str], *, priced: bool) -> Callable[[tuple[Any, ...], int | None, str, bytes], bytes]:
     """Return the renderer of the anonymous record: (clear values, billable units, coarse instant, privacy JSON)."""
     struct = msgspec.defstruct(
         "Anonymous",
@@ -139,9 +102,9 @@ def _anonymous(names: list[str], *, priced: bool) -> Callable[[Clear, int | None
         gc=False,
     )
 
-    def render(clear: Clear, units: int | None, coarse: str, privacy: bytes) -> bytes:
+    def render(clear: tuple[Any, ...], units: int | None, coarse: str, privacy: bytes) -> bytes:
         price = None
-        values = list(clear.values)
+        values = list(clear)
         if priced:
             paid = values.pop()
             if paid is not None:

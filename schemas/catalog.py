@@ -2,6 +2,8 @@
 
 Topics, retention, ACLs and docs derive from it. A stream is a Kafka topic in production, a table of the embedded
 SQLite log by default. Partition counts are equal and fixed at creation.
+
+`readers` may open what is sealed (the roles file grants it); `followers` read it as it lies and open nothing.
 """
 
 import zlib
@@ -19,6 +21,15 @@ class Partitioning(StrEnum):
     KEY = "by input key"
 
 
+class Stamp(StrEnum):
+    """What the timestamp of a message in the log says; lives on Kafka are counted from it."""
+
+    ARRIVAL = "when the broker took it"  # a CDR of nine months ago lives as long as one of now
+    WRITING = "when it was made"
+    HOUR = "the hour, or day, of the communication"  # as coarse as the policy says
+    DAY = "the day of the communication"
+
+
 class Domain(StrEnum):
     """A key domain: what kind of data an epoch key covers."""
 
@@ -31,7 +42,7 @@ class Domain(StrEnum):
 
 
 class Stream(NamedTuple):
-    """One row: name, what it holds, partition rule, key domain, rule of its life (`hours` or a data class)."""
+    """One row: what it holds, partition rule, key domain, rule of its life (`max_hours` or a data class), who uses it."""
 
     name: str
     holds: str
@@ -41,37 +52,41 @@ class Stream(NamedTuple):
     data_class: str
     writers: tuple[str, ...]
     readers: tuple[str, ...]
+    stamp: Stamp = Stamp.WRITING
+    followers: tuple[str, ...] = ()
     compacted: bool = False
 
 
-_S, _P = Stream, Partitioning
+_S, _P, _T = Stream, Partitioning, Stamp
 TRAFFIC = "traffic"
 TRAFFIC_CDR = "traffic.cdr"
+BOOKMARKED = "verdicts"
+"""On Kafka how far a file is published is an offset of this stream, for a broker lets only readers commit offsets."""
 
 # fmt: off
 CATALOG: dict[str, Stream] = {
     stream.name: stream
     for stream in (
         _S(TRAFFIC, "requests, all inbound, preferences; clear", _P.KEY, None, 24, "traffic",
-           ("gateway",), ("worker",)),
+           ("gateway", "operator"), ("worker",), _T.ARRIVAL),  # operators: what they replay from quarantine
         _S(TRAFFIC_CDR, "finished communications; clear", _P.KEY, None, 24, "traffic",
-           ("gateway",), ("worker",)),
-        _S("verdicts", "per request: cleared or refused, reason, vendor codes", _P.SAME, None, 7 * 24, "usage",
-           ("worker", "egress"), ("gateway", "dpo")),
+           ("gateway", "operator"), ("worker",), _T.ARRIVAL),
+        _S(BOOKMARKED, "per request: cleared or refused, reason, vendor codes", _P.SAME, None, 7 * 24, "usage",
+           ("worker", "egress"), ("gateway", "dpo"), followers=("operator",)),
         _S("cleared", "requests that may go out", _P.SAME, Domain.TRANSIT, 24, "content",
            ("worker",), ("egress", "dpo")),
         _S("content", "text, recording reference, transcript of CDRs", _P.SAME, Domain.CONTENT, None, "content",
-           ("worker",), ("account", "dpo")),
+           ("worker",), ("account", "dpo"), _T.DAY),
         _S("cdr.pii", "the whole CDR", _P.SAME, Domain.PII, None, "traffic",
-           ("worker",), ("support", "fraud", "lawful", "dpo")),
+           ("worker",), ("support", "fraud", "lawful", "dpo"), _T.DAY),
         _S("cdr.anonymous", "what remains when nothing personal does", _P.RANDOM, None, None, "anonymous",
-           ("worker",), ("billing", "dpo")),
+           ("worker",), ("billing", "dpo"), _T.HOUR),
         _S("billing.deltas", "per committed batch: pre-aggregated cells", _P.ACCOUNT, None, 35 * 24, "anonymous",
            ("worker",), ("billing",)),
         _S("suppressions", "opt-outs, opt-ins, officer blocks", _P.TOKEN, Domain.SUPPRESSION, None, "suppression",
-           ("worker", "officer"), ("worker", "egress", "dpo"), compacted=True),
+           ("worker", "officer"), ("worker", "egress", "dpo"), followers=("officer",), compacted=True),
         _S("review", "near-miss opt-outs", _P.SAME, Domain.REVIEW, 30 * 24, "content",
-           ("worker",), ("operator", "dpo")),
+           ("worker",), ("operator", "dpo"), _T.DAY),
         _S("held", "records under legal hold, re-sealed", _P.SAME, None, None, "held",
            ("officer",), ("dpo",)),
         _S("quarantine", "records that could not be understood, whole", _P.SAME, Domain.QUARANTINE, 7 * 24,
@@ -84,6 +99,14 @@ CATALOG: dict[str, Stream] = {
 
 INPUTS = (TRAFFIC, TRAFFIC_CDR)
 """The input streams, in the order in which workers poll them."""
+
+WATCHER = "sre"
+"""The role that sees how the streams are doing, and nothing that is in them."""
+ROLES = (
+    "gateway", "worker", "officer", "operator", "egress", "account", "billing", "support", "fraud", "lawful", "dpo",
+    WATCHER,
+)  # fmt: skip
+"""Everybody the broker knows: the writers, readers and followers of the table, and the watcher."""
 
 
 def partition_for(key: bytes, partitions: int) -> int:

@@ -62,6 +62,10 @@ class LeaseExpired(Retriable):
     """The key lease ran out before the commit; the batch is prepared anew under a new lease."""
 
 
+class Unsealed(Retriable):
+    """Something would have left clear that must be sealed; it was not written. Report this line."""
+
+
 class Fenced(Fatal):
     """Another worker took this partition over; this one must end."""
 
@@ -91,7 +95,7 @@ class RevealDenied(Fatal):
 
 
 class Action(StrEnum):
-    """What the worker does about an error."""
+    """What is done about an error: WAIT and END by the worker and whoever starts it, QUARANTINE by `prepare`."""
 
     WAIT = "wait"  # keep the batch, back off, prepare it anew
     QUARANTINE = "quarantine"  # seal the record away, go on

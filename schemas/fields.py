@@ -6,7 +6,7 @@ Every field of an inbound record carries exactly one `PrivacyClass`; sealing and
 
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from decimal import Decimal
 from enum import StrEnum
 from functools import lru_cache
@@ -76,6 +76,16 @@ def classes_of(*structs: type[Classified]) -> dict[str, PrivacyClass]:
     return table
 
 
+def values_of(names: Iterable[str]) -> Callable[[Any], tuple[Any, ...]]:
+    """Return the getter of these fields of a record, as a tuple.
+
+    Compiled: attributes read by name in one expression take half the time of `operator.attrgetter` (a CDR has twenty).
+    """
+    fields = "".join(f"record.{name}, " for name in names if name.isidentifier())
+    getter: Callable[[Any], tuple[Any, ...]] = eval(f"lambda record: ({fields})")  # noqa: S307 — names of our schema
+    return getter
+
+
 # --- codes: short values that may stand in the clear -------------------------------------------------------
 
 _CODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:/-]{0,31}")
@@ -95,12 +105,9 @@ def is_account(text: str) -> bool:
     return _ACCOUNT.fullmatch(text) is not None
 
 
-_RECORD_ID = re.compile(r"[\x20-\x7e]{1,128}").fullmatch
-
-
 def is_record_id(text: str) -> bool:
     """Return whether a text can be a record id: 1 to 128 printable ASCII characters."""
-    return _RECORD_ID(text) is not None
+    return 0 < len(text) <= 128 and text.isascii() and text.isprintable()
 
 
 REASON = re.compile(r"[A-Za-z0-9_/-]{1,40}")
@@ -145,10 +152,9 @@ def _party(kind: Kind, value: str) -> Party:
 
 _E164 = re.compile(r"\+[1-9][0-9]{6,14}").fullmatch
 _RECENT = 50_000
+_NUMBER = Kind.NUMBER  # Python 3.11 takes 0.09 µs to find a member of an enumeration
 _ALIKE_EVERYWHERE = (Kind.NUMBER, Kind.ALPHANUMERIC, Kind.EMAIL)
 _recent: dict[str, Party] = {}
-seen = _recent.get
-"""Return the party behind an address that is its own normal form and was seen lately, or None; any region."""
 
 NOBODY = _party(Kind.NOBODY, "")
 _WITHHELD = frozenset(
@@ -167,15 +173,20 @@ def normalise(raw: str, region: str | None = None) -> Party:
     number are taken as one. Never raises. A well-formed `+…` costs well under 1 µs; anything else goes through
     the phone-number library once and then through a bounded cache.
     """
-    known = seen(raw)
+    known = _recent.get(raw)
     if known is not None:
         return known
-    party = Party(Kind.NUMBER, raw, is_person=True) if _E164(raw) else _normalise_slowly(raw, region)
-    if party.value == raw and party.kind in _ALIKE_EVERYWHERE:
+    party = Party(_NUMBER, raw, is_person=True) if _E164(raw) else _normalise_slowly(raw, region)
+    if is_normal(raw, party):
         if len(_recent) >= _RECENT:
             _recent.clear()
         _recent[raw] = party
     return party
+
+
+def is_normal(raw: str, party: Party) -> bool:
+    """Return whether an address is its own normal form, in which it means the same party in every region."""
+    return party.value == raw and party.kind in _ALIKE_EVERYWHERE
 
 
 @lru_cache(maxsize=16384)

@@ -18,13 +18,12 @@ A value is one JSON object with sorted keys and no white space. Its clear envelo
 
 from collections.abc import Mapping
 from functools import lru_cache
+from hashlib import sha256
 from typing import Any, NamedTuple
 
 import orjson
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from pybase64 import b64decode, b64encode
 
 VERSION = 1
@@ -37,7 +36,6 @@ MAX_SEALS_PER_KEY = 2**31
 """Seals under one epoch key version, and therefore under any record key derived from it (NIST SP 800-38D, 8.3)."""
 
 NO_PERSON = "-"
-_SHA256 = SHA256()
 PADDING = [b"\x80" + bytes(PAD_BYTES - 1 - used) for used in range(PAD_BYTES)]
 
 
@@ -90,7 +88,19 @@ def key_info(key_id: KeyId, account: str) -> bytes:
 
 def record_key(epoch_key: bytes, secret: bytes, info: bytes) -> AESGCM:
     """Return the cipher of the record key for 32-byte `epoch_key` and a person secret, salt or nothing; `key_info`."""
-    return AESGCM(HKDF(_SHA256, 32, None, info).derive(epoch_key + secret))
+    return AESGCM(hkdf(epoch_key + secret, info))
+
+
+# HMAC (RFC 2104) hashes a block of the key XOR 0x36 before the message, and one of the key XOR 0x5c before that hash.
+_INNER, _OUTER = (bytes(byte ^ pad for byte in range(256)) for pad in (0x36, 0x5C))
+_NO_SALT_INNER, _NO_SALT_OUTER = bytes(64).translate(_INNER), bytes(64).translate(_OUTER)
+_KEY_TO_BLOCK = bytes(32)
+
+
+def hkdf(secret: bytes, info: bytes) -> bytes:
+    """Return the first 32 bytes of HKDF-SHA-256 (RFC 5869) without salt; half the time of OpenSSL's general one."""
+    extracted = sha256(_NO_SALT_OUTER + sha256(_NO_SALT_INNER + secret).digest()).digest() + _KEY_TO_BLOCK
+    return sha256(extracted.translate(_OUTER) + sha256(extracted.translate(_INNER) + info + b"\x01").digest()).digest()
 
 
 def framed(*parts: bytes) -> bytes:
@@ -102,6 +112,12 @@ def framed(*parts: bytes) -> bytes:
 def aad_head(stream: str, owner: str, account: str, group: str) -> bytes:
     """Return the constant beginning of the AAD of all values of one stream, owner, account and field group."""
     return framed(b"%d" % VERSION, stream.encode(), owner.encode(), account.encode(), group.encode())
+
+
+@lru_cache(maxsize=4096)
+def key_frame(key: str) -> bytes:
+    """Return an epoch key's id as it stands in the AAD."""
+    return framed(key.encode())
 
 
 def pad(plaintext: bytes) -> bytes:
@@ -139,7 +155,7 @@ def open_box(cipher: AESGCM, head: bytes, part: Part, envelope: bytes) -> bytes:
         if b64encode(box).decode() != part.box:
             raise ValueError("not the one way to write these bytes")
         seal_id, nonce = box[:SEAL_ID_BYTES], box[SEAL_ID_BYTES : SEAL_ID_BYTES + NONCE_BYTES]
-        bound = aad(head, seal_id, part.sid.encode(), framed(part.key.encode()), envelope)
+        bound = aad(head, seal_id, part.sid.encode(), key_frame(part.key), envelope)
         return unpad(cipher.decrypt(nonce, box[SEAL_ID_BYTES + NONCE_BYTES :], bound))
     except (InvalidTag, ValueError) as error:
         raise ValueError("sealed part does not open") from error

@@ -1,5 +1,6 @@
 """The configuration of a deployment: one TOML file, command-line overrides, and where things lie on disk."""
 
+import re
 import tomllib
 from argparse import Namespace
 from importlib import resources
@@ -14,41 +15,80 @@ from schemas.policy import Policy, parse_policy
 DEFAULT_LOG = "sqlite:///streamveil-data/log.db"
 SQLITE = "sqlite:///"
 KAFKA = "kafka://"
+DATA = "streamveil-data"
+SQLITE_LEASE_S, KAFKA_LEASE_S = 5.0, 10.0  # brokers refuse less than six seconds by default
+_SERVER = re.compile(r"[A-Za-z0-9._-]+:[0-9]{1,5}|\[[0-9a-fA-F:.]+\]:[0-9]{1,5}")
 
 _Count = Annotated[int, msgspec.Meta(ge=1, le=100_000)]
 _Lease = Annotated[float, msgspec.Meta(gt=0, le=3600)]
+_Prefix = Annotated[str, msgspec.Meta(pattern=r"^([a-z0-9][a-z0-9._-]*[.-])?$", max_length=100)]
+
+
+class _KafkaTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The keys of the table `[kafka]`."""
+
+    username: str | None = None
+    password_file: str | None = None
+    ca_file: str | None = None
+    plaintext: bool = False
+    prefix: _Prefix = ""
+    replication: Annotated[int, msgspec.Meta(ge=1, le=15)] = 3
+    min_insync: Annotated[int, msgspec.Meta(ge=1, le=15)] = 2
+    commit_every_ms: Annotated[int, msgspec.Meta(ge=0, le=10_000)] = 20
+    transaction_timeout_ms: Annotated[int, msgspec.Meta(ge=1000, le=60_000)] = 10_000
+
+
+class _WatchTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The keys of the table `[watch]`."""
+
+    listen: str | None = None
 
 
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The keys of `streamveil.toml`; paths are relative to the file's folder."""
 
     log: str | None = None
+    data: str | None = None
     policy: str = "default"
     roles: str | None = None
     kms: str | None = None
     partitions: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 4
     batch_records: _Count = 2000
-    lease_s: _Lease = 5.0  # of partitions: so long another worker waits for those of one that was killed
+    lease_s: _Lease | None = None
     key_lease_s: _Lease = 30.0
+    kafka: _KafkaTable = _KafkaTable()
+    watch: _WatchTable = _WatchTable()
+
+
+class Kafka(NamedTuple):
+    """How to reach the brokers, and as whom; `repr` shows no password, for none is in it."""
+
+    servers: tuple[str, ...]  # HOST:PORT each
+    username: str | None  # None: plaintext, without TLS and without a user
+    password_path: Path | None
+    ca_path: Path | None  # None: the certificate authorities of the operating system
+    prefix: str  # of topics, groups and transactional ids
+    replication: int
+    min_insync: int
+    commit_every_ms: int  # how long the first record of a batch waits for more
+    transaction_timeout_ms: int  # so long a writer that stalls can keep readers of its partitions waiting
 
 
 class Config(NamedTuple):
-    """A deployment: its policy, its log, and its folders."""
+    """A deployment: its policy, its log (one of `log_path` and `kafka`), and its folders."""
 
     policy: Policy
     policy_source: str
-    log_path: Path
+    folder: Path  # key store, registries, and the log if it is on SQLite
+    log_path: Path | None
+    kafka: Kafka | None
     kms_dir: Path
     roles_path: Path | None
     partitions: int
     batch_records: int
-    lease_s: float
+    lease_s: float  # of partitions: so long another worker waits for those of one that was killed
     key_lease_s: float
-
-    @property
-    def folder(self) -> Path:
-        """The log's folder, in which the key store and the registries lie too."""
-        return self.log_path.parent
+    watch: tuple[str, int] | None  # host and port to serve metrics on; None: nobody watches
 
     @property
     def keys_path(self) -> Path:
@@ -60,6 +100,11 @@ class Config(NamedTuple):
         """The folder of the loaded registries."""
         return self.folder / "registries"
 
+    @property
+    def watch_path(self) -> Path:
+        """The folder of the workers' metrics, in one folder per `run`."""
+        return self.folder / "watch"
+
 
 def load(args: Namespace) -> Config:
     """Return the configuration that `--config` and `--log` name. Reads files. Raises InputInvalid, PolicyInvalid."""
@@ -67,19 +112,29 @@ def load(args: Namespace) -> Config:
     settings = _read(path, required=args.config != "streamveil.toml")
     base = path.parent
     url = args.log or settings.log or DEFAULT_LOG
-    log_path = _log_path(url, Path() if args.log or not settings.log else base)
+    log_path, kafka = None, None
+    if url.startswith(KAFKA):
+        kafka = _kafka(url, settings.kafka, base)
+        folder = base / (settings.data or DATA)
+    else:
+        log_path = _log_path(url, Path() if args.log or not settings.log else base)
+        folder = log_path.parent
+        if settings.data:
+            raise InputInvalid("`data` is for logs on Kafka: on SQLite everything lies in the log's folder")
     policy, source = read_policy(settings.policy, base)
-    kms_dir = base / settings.kms if settings.kms else log_path.absolute().parent.parent / "streamveil-kms"
     return Config(
         policy=policy,
         policy_source=source,
+        folder=folder,
         log_path=log_path,
-        kms_dir=kms_dir,
+        kafka=kafka,
+        kms_dir=base / settings.kms if settings.kms else folder.absolute().parent / "streamveil-kms",
         roles_path=base / settings.roles if settings.roles else None,
         partitions=settings.partitions,
         batch_records=settings.batch_records,
-        lease_s=settings.lease_s,
+        lease_s=settings.lease_s or (SQLITE_LEASE_S if kafka is None else KAFKA_LEASE_S),
         key_lease_s=settings.key_lease_s,
+        watch=_listen(settings.watch.listen),
     )
 
 
@@ -125,6 +180,41 @@ def _log_path(url: str, base: Path) -> Path:
     if url.startswith(SQLITE) and len(url) > len(SQLITE):
         path = base / url.removeprefix(SQLITE)
         return path / "log.db" if path.is_dir() or url.endswith("/") else path
-    if url.startswith(KAFKA):
-        raise InputInvalid("logs on Kafka are not built into this version; use sqlite:///PATH")
-    raise InputInvalid("the log must be sqlite:///PATH")
+    raise InputInvalid("the log must be sqlite:///PATH or kafka://HOST:PORT[,HOST:PORT…]")
+
+
+def _listen(address: str | None) -> tuple[str, int] | None:
+    """Return host and port of `[watch] listen`. Raises InputInvalid."""
+    if address is None:
+        return None
+    host, _, port = address.rpartition(":")
+    if not _SERVER.fullmatch(address) or not 0 < int(port) < 65536:
+        raise InputInvalid("[watch] listen must be HOST:PORT, such as 127.0.0.1:9464")
+    return host.strip("[]"), int(port)
+
+
+def _kafka(url: str, table: _KafkaTable, base: Path) -> Kafka:
+    """Return the brokers that a URL names, and who this process is to them. Raises InputInvalid."""
+    servers = tuple(url.removeprefix(KAFKA).rstrip("/").split(","))
+    if not all(_SERVER.fullmatch(server) for server in servers):
+        raise InputInvalid("the log must be kafka://HOST:PORT[,HOST:PORT…]: user and password belong into [kafka]")
+    if table.plaintext and (table.username or table.password_file or table.ca_file):
+        raise InputInvalid("[kafka] names a user and plaintext: a password is never sent without TLS")
+    if not table.plaintext and not (table.username and table.password_file):
+        raise InputInvalid(
+            "a log on Kafka needs [kafka] username and password_file (and ca_file, if the brokers' certificate"
+            " authority is not the system's) in the configuration; plaintext = true is for benchmarks only"
+        )
+    if table.min_insync > table.replication:
+        raise InputInvalid("[kafka] min_insync is more than replication: nothing could be written")
+    return Kafka(
+        servers=servers,
+        username=table.username,
+        password_path=base / table.password_file if table.password_file else None,
+        ca_path=base / table.ca_file if table.ca_file else None,
+        prefix=table.prefix,
+        replication=table.replication,
+        min_insync=table.min_insync,
+        commit_every_ms=table.commit_every_ms,
+        transaction_timeout_ms=table.transaction_timeout_ms,
+    )

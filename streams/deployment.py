@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from processors.pipeline import Pipeline
 from processors.plan import Planner
 from processors.screen.suppression import Tokens
-from schemas.catalog import CATALOG, INPUTS
+from schemas.catalog import CATALOG
 from schemas.errors import InputInvalid, KeysUnusable
 from streams.config import Config
 from streams.keys.cache import KeyCache, KeyLease
@@ -17,6 +17,7 @@ from streams.keys.reveal import Revealer
 from streams.keys.roles import principal
 from streams.keys.sqlite import SqliteKeyStore
 from streams.keys.store import KeyStore
+from streams.log.kafka import KafkaLog
 from streams.log.protocol import Log
 from streams.log.sqlite import SqliteLog
 from streams.state.registries import Registries
@@ -26,13 +27,20 @@ BUSY_S = 10.0
 
 
 async def open_log(config: Config, *, busy_s: float = BUSY_S) -> Log:
-    """Return the log of a configuration, made if there is none. Raises LogUnusable."""
+    """Return the log of a configuration; on SQLite made if there is none, on Kafka not connected yet.
+
+    Raises LogUnusable.
+    """
+    if config.kafka is not None:
+        return KafkaLog(config.kafka, partitions=config.partitions, lease_s=config.lease_s)
+    if config.log_path is None:
+        raise ValueError("a configuration names one log")
     return SqliteLog.open(config.log_path, partitions=config.partitions, lease_s=config.lease_s, busy_s=busy_s)
 
 
 async def _has_outputs(log: Log) -> bool:
-    """Return whether anything was ever written to an output stream."""
-    return any([any(await log.end_offsets(stream)) for stream in CATALOG if stream not in INPUTS])
+    """Return whether workers ever wrote anything."""
+    return any([any(await log.end_offsets(stream.name)) for stream in CATALOG.values() if "worker" in stream.writers])
 
 
 class Deployment:
@@ -54,7 +62,7 @@ class Deployment:
 
         Raises InputInvalid if there is none and `create` is off, and LogUnusable or KeysUnusable.
         """
-        if not create and not config.log_path.exists():
+        if not create and config.log_path is not None and not config.log_path.exists():
             raise InputInvalid("there is no log here yet; publish something first", log=str(config.log_path))
         log = await open_log(config, busy_s=busy_s)
         try:

@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
@@ -32,11 +33,14 @@ def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
         "demo",
         help="run the whole pipeline on generated traffic and show where every record ended",
         description="Works in ./streamveil-demo, made anew at each run; with --log or --config, in that deployment, "
-        "which must be empty, under the demo's policy.",
+        "which must be empty, under the demo's policy. On Kafka the streams are made if they are missing.",
     )
     demo.add_argument("--records", type=_count, default=RECORDS, metavar="N", help=f"how many ({RECORDS:,})")
     demo.add_argument("--seed", type=int, default=1, metavar="S", help="same seed, same traffic (1)")
     demo.add_argument("--json", action="store_true", help="the summary as one JSON object")
+    demo.add_argument(
+        "--compare", action="store_true", help="run the same on SQLite too, and fail if a count is not the same"
+    )
     demo.set_defaults(run=_run)
 
 
@@ -55,13 +59,42 @@ def _run(args: argparse.Namespace) -> int:
     if args.log is None and args.config == DEFAULT_CONFIG:
         args.config = str(make_folder())
     config = load(args)._replace(policy=policy(), policy_source="demo")
-    summary = asyncio.run(run(config, args.records, args.seed, _phase))
+    if config.kafka is not None:
+        from streams.log.provision import apply
+
+        apply(config)
+    now_s = int(time.time())
+    summary = asyncio.run(run(config, args.records, args.seed, now_s, _phase))
+    other = _on_sqlite(args.records, args.seed, now_s) if args.compare else None
     commands = _next_commands(args, [one.reason for one in summary.refused])
     if args.json:
         print_json({**msgspec.to_builtins(summary), "next": commands})
     else:
         _show(summary, commands)
-    return 0 if summary.adds_up else 1
+    same = other is None or _same(summary, other)
+    return 0 if summary.adds_up and same else 1
+
+
+def _on_sqlite(records: int, seed: int, now_s: int) -> "Summary":
+    """Run the demo in a deployment on SQLite that is gone afterwards."""
+    from streams.demo.demo import make_folder, run
+
+    with tempfile.TemporaryDirectory(prefix="streamveil-demo-") as folder:
+        config = load(argparse.Namespace(config=str(make_folder(Path(folder) / "demo")), log=None))
+        return asyncio.run(run(config, records, seed, now_s, _phase))
+
+
+def _same(summary: "Summary", other: "Summary") -> bool:
+    """Say on standard error whether two runs came to the same, and return it."""
+    from streams.demo.demo import compare
+
+    checks = list(compare(summary, other))
+    unlike = [f"{one.rule}: {one.expected:,} on SQLite, {one.found:,} here" for one in checks if not one.holds]
+    if unlike:
+        say(f"streamveil: {len(unlike)} of {len(checks)} counts differ from SQLite's: {'; '.join(unlike[:3])}")
+    else:
+        say(f"the same as on SQLite: all {len(checks)} counts by outcome, reason and stream")
+    return not unlike
 
 
 @contextmanager

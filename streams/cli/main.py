@@ -13,6 +13,7 @@ from schemas.errors import Retriable, StreamveilError
 
 NOUNS = (
     "demo", "publish", "run", "tail", "screen", "optout", "registry", "quarantine", "keys", "retention", "policy",
+    "streams",
 )  # fmt: skip
 _SAFE = (
     "the following arguments are required:",

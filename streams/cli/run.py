@@ -18,14 +18,14 @@ def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
 
 
 def _run(args: argparse.Namespace) -> int:
-    from streams.worker.supervisor import run_many, run_one
+    from streams.worker.supervisor import is_watched, run_many, run_one
 
     config = load(args)
-    if args.workers == 1:
+    if args.workers == 1 and (config.watch is None or is_watched(config)):
         _say(asyncio.run(run_one(config, until_idle=args.until_idle)))
     else:
         same = ["--config", args.config] + (["--log", args.log] if args.log else [])
-        asyncio.run(run_many(args.workers, same, until_idle=args.until_idle))
+        asyncio.run(run_many(config, args.workers, same, until_idle=args.until_idle))
     return 0
 
 

@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import re
 import sys
+from collections import deque
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Any
@@ -81,7 +82,9 @@ async def _pages(log: Log, args: argparse.Namespace) -> AsyncIterator[list[Store
     left = args.max if args.max is not None else sys.maxsize
     at = list(begins)
     if not args.from_beginning:
-        at = _newest(begins, ends, LAST if args.max is None else args.max)
+        wanted = _shares(begins, ends, LAST if args.max is None else args.max)
+        for partition, share in enumerate(wanted):
+            at[partition] = await _newest(log, args.stream, partition, begins[partition], ends[partition], share)
     while left > 0:
         for partition, end in enumerate(ends):
             while at[partition] < end and left > 0:
@@ -97,15 +100,29 @@ async def _pages(log: Log, args: argparse.Namespace) -> AsyncIterator[list[Store
         ends = await log.end_offsets(args.stream)
 
 
-def _newest(begins: list[int], ends: list[int], wanted: int) -> list[int]:
-    """Return where to begin, per partition, for the newest `wanted` records: as even a share of each as there is."""
-    at = list(ends)
+def _shares(begins: list[int], ends: list[int], wanted: int) -> list[int]:
+    """Return how many of the newest `wanted` records each partition gives: as even a share of each as there is."""
     there = [end - begin for begin, end in zip(begins, ends, strict=True)]
+    shares = [0] * len(there)
     for done, partition in enumerate(sorted(range(len(ends)), key=there.__getitem__)):
-        share = min(there[partition], -(-max(0, wanted) // (len(ends) - done)))
-        at[partition] -= share
-        wanted -= share
-    return at
+        shares[partition] = min(there[partition], -(-max(0, wanted) // (len(ends) - done)))
+        wanted -= shares[partition]
+    return shares
+
+
+async def _newest(log: Log, stream: str, partition: int, begin: int, end: int, wanted: int) -> int:
+    """Return the offset from which a partition has so many records before its end; not every offset has one."""
+    back = wanted
+    while back:
+        start = at = max(begin, end - back)
+        offsets: deque[int] = deque(maxlen=wanted)
+        while at < end and (page := await log.read(stream, partition, at, min(PAGE, end - at))):
+            offsets.extend(stored.offset for stored in page)
+            at = page[-1].offset + 1
+        if len(offsets) == wanted or start == begin:
+            return offsets[0] if offsets else end
+        back *= 4
+    return end
 
 
 def _shown(stored: Stored, opened: Revealed | None) -> dict[str, Any]:

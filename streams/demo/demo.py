@@ -24,7 +24,7 @@ from schemas.catalog import CATALOG, INPUTS, Stream
 from schemas.errors import InputInvalid, Poison
 from schemas.outbound import Message, Output
 from schemas.policy import Policy, parse_policy
-from streams.config import Config
+from streams.config import KAFKA, Config, Kafka
 from streams.demo.traffic import HOUR_S, Traffic, generate
 from streams.demo.traffic import KINDS as KINDS_MADE
 from streams.deployment import Deployment, open_log
@@ -136,23 +136,23 @@ def _policy_text() -> str:
     return (resources.files("streams.demo") / _POLICY_FILE).read_text(encoding="utf-8")
 
 
-def make_folder() -> Path:
+def make_folder(folder: Path = FOLDER) -> Path:
     """Make the demo's folder anew, with configuration and policy, and return the configuration's path.
 
     Raises InputInvalid if there is one that no demo has made, and it stays as it is.
     """
     try:
-        if FOLDER.is_symlink() or (FOLDER.exists() and not (FOLDER / MARKER).is_file()):
-            raise InputInvalid("this was not made by a demo and stays as it is; move it away", path=str(FOLDER))
-        if FOLDER.exists():
-            shutil.rmtree(FOLDER)
-        FOLDER.mkdir(mode=0o700)
-        (FOLDER / MARKER).write_text("made by streamveil demo, which deletes this folder when it runs again\n")
-        (FOLDER / CONFIG_FILE).write_text(_CONFIG, encoding="utf-8")
-        (FOLDER / _POLICY_FILE).write_text(_policy_text(), encoding="utf-8")
+        if folder.is_symlink() or (folder.exists() and not (folder / MARKER).is_file()):
+            raise InputInvalid("this was not made by a demo and stays as it is; move it away", path=str(folder))
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(mode=0o700)
+        (folder / MARKER).write_text("made by streamveil demo, which deletes this folder when it runs again\n")
+        (folder / CONFIG_FILE).write_text(_CONFIG, encoding="utf-8")
+        (folder / _POLICY_FILE).write_text(_policy_text(), encoding="utf-8")
     except OSError as error:
-        raise InputInvalid(f"the demo's folder cannot be made: {error.strerror}", path=str(FOLDER)) from None
-    return FOLDER / CONFIG_FILE
+        raise InputInvalid(f"the demo's folder cannot be made: {error.strerror}", path=str(folder)) from None
+    return folder / CONFIG_FILE
 
 
 async def _refuse_used(config: Config, log: Log) -> None:
@@ -165,9 +165,11 @@ async def _refuse_used(config: Config, log: Log) -> None:
 # --- the run ------------------------------------------------------------------------------------------------
 
 
-async def run(config: Config, records: int, seed: int, phase: Phase) -> Summary:
-    """Run the demo in a deployment that is still empty, and return its summary. Blocks; raises what its parts raise."""
-    now_s = int(time.time())
+async def run(config: Config, records: int, seed: int, now_s: int, phase: Phase) -> Summary:
+    """Run the demo in a deployment that is still empty, and return its summary. Blocks; raises what its parts raise.
+
+    On Kafka the streams have to be there. Same seed and same hour of `now_s`, same traffic.
+    """
     speed: dict[str, Speed] = {}
     traffic = generate(records, seed, now_s // HOUR_S * HOUR_S)
     log = await open_log(config)
@@ -181,7 +183,7 @@ async def run(config: Config, records: int, seed: int, phase: Phase) -> Summary:
     with _timed(speed, "run", records), phase("running", records) as advance:
         outcomes = await run_one(config, until_idle=True, on_batch=lambda batch: advance(len(batch)))
     async with Deployment.open(config, create=False) as deployment:
-        found = _Found(deployment.log)
+        found = _Found(deployment.log, keeps_input=config.kafka is not None)
         await found.read()
         keys = deployment.store.status(int(time.time()))
     ends = _ends(traffic, outcomes)
@@ -202,12 +204,16 @@ async def run(config: Config, records: int, seed: int, phase: Phase) -> Summary:
         checks=checks,
         adds_up=all(check.holds for check in checks),
         files={
-            "log": str(config.log_path),
+            "log": str(config.log_path) if config.kafka is None else _place(config.kafka),
             "key store": str(config.keys_path),
             "key management service": str(config.kms_dir),
             "registries": str(config.registries_dir),
         },
     )
+
+
+def _place(kafka: Kafka) -> str:
+    return f"{KAFKA}{','.join(kafka.servers)}, topics {kafka.prefix}*"
 
 
 @contextmanager
@@ -264,10 +270,11 @@ class _Span(NamedTuple):
 class _Found:
     """Counts of what stands in the streams."""
 
-    def __init__(self, log: Log) -> None:
+    def __init__(self, log: Log, *, keeps_input: bool) -> None:
         self._log = log
+        self._keeps_input = keeps_input  # until its retention has passed; otherwise what is committed is gone
         self.records: Counter[str] = Counter()
-        self.published = self.unread = 0
+        self.published = self.left = 0
         self.cleared = 0
         self.refused: Counter[_Refused] = Counter()
         self.quarantined: Counter[str] = Counter()
@@ -276,12 +283,21 @@ class _Found:
     async def read(self) -> None:
         """Read every stream through. About 5 µs a record."""
         for stream in INPUTS:
-            ends, begins = await self._log.end_offsets(stream), await self._log.begin_offsets(stream)
-            self.published += sum(ends)
-            self.unread += sum(ends) - sum(begins)
+            left = sum([len(page) async for page in self._pages(stream)])
+            self.published += sum(await self._log.begin_offsets(stream)) + left
+            self.left += left
+        if self._keeps_input and await self._at_end():
+            self.left = 0
         for stream in OUTPUTS:
             async for page in self._pages(stream):
                 self._count(stream, [orjson.loads(stored.value) for stored in page])
+
+    async def _at_end(self) -> bool:
+        consumer = self._log.consumer("demo")
+        try:
+            return await consumer.at_end()
+        finally:
+            await consumer.close()
 
     async def _pages(self, stream: str) -> AsyncIterator[list[Stored]]:
         for partition, at in enumerate(await self._log.begin_offsets(stream)):
@@ -334,7 +350,7 @@ def _checks(traffic: Traffic, ends: list[Ends], outcomes: Counter[Outcome], foun
     yield Check("published = ended", len(traffic.values), outcomes.total())
     for end in ends:
         yield Check(f"{end.kind}: came in = ended", end.came_in, end.emit + end.refuse + end.quarantine + end.expired)
-    yield Check("clear traffic left = none", 0, found.unread)
+    yield Check("clear traffic left = none", 0, found.left)
     yield Check("met a fault of the program = none", 0, found.quarantined["internal_error"])
     yield Check("requests cleared or refused = verdicts", requests.emit + requests.refuse, held["verdicts"])
     yield Check("requests cleared = verdicts that clear", requests.emit, found.cleared)
@@ -344,6 +360,25 @@ def _checks(traffic: Traffic, ends: list[Ends], outcomes: Counter[Outcome], foun
     late = _count(outcomes, "cdr", End.EMIT, "personal_part_expired")
     yield Check("CDRs emitted but the late ones = records in cdr.pii", cdrs.emit - late, held["cdr.pii"])
     yield Check("quarantined = records in quarantine", sum(end.quarantine for end in ends), held["quarantine"])
+
+
+def compare(summary: Summary, other: Summary) -> Iterator[Check]:
+    """Yield every count of how records ended, and of records in each stream: as in the other run, and in this one."""
+    counts, others = _counts(summary), _counts(other)
+    for what in sorted({*counts, *others}):
+        yield Check(what, others[what], counts[what])
+
+
+def _counts(summary: Summary) -> Counter[str]:
+    counts = Counter({f"{kind} made": count for kind, count in summary.made.items()})
+    for end in summary.ends:
+        came_and_went = msgspec.to_builtins(end)
+        counts.update({f"{end.kind} {how}": count for how, count in came_and_went.items() if how != "kind"})
+    counts["emitted without the personal part"] = summary.anonymous_only
+    counts.update({f"refused {one.reason}": one.count for one in summary.refused})
+    counts.update({f"quarantined {reason}": count for reason, count in summary.quarantined.items()})
+    counts.update({f"records in {one.stream}": one.records for one in summary.deaths})
+    return counts
 
 
 # --- what dies when -----------------------------------------------------------------------------------------

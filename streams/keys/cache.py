@@ -179,9 +179,9 @@ class KeyCache:
             del ring.epochs[epoch_ref], self._seals[epoch_ref]
         for person_ref in [ref for ref, end_s in self._kept_until_s.items() if end_s <= now_s]:
             del ring.persons[person_ref], self._kept_until_s[person_ref]
-        alive = {str(epoch.id) for epoch in ring.epochs.values()}
-        for cipher in [cipher for cipher in ring.ciphers if cipher[0].partition("|")[0] not in alive]:
-            del ring.ciphers[cipher]
+        alive = {epoch.id for epoch in ring.epochs.values()}
+        for group in [group for group in ring.ciphers if group.epoch not in alive]:
+            del ring.ciphers[group]
         deadlines_s = (_instant(epoch.deadline_s) for epoch in ring.epochs.values())
         self._next_death_s = min(chain(deadlines_s, self._kept_until_s.values()), default=math.inf)
 
@@ -192,8 +192,11 @@ class KeyCache:
             del ring.epochs[epoch_ref], self._seals[epoch_ref]
         for person_ref in _oldest(ring.persons, self._max_persons, needs.persons):
             del ring.persons[person_ref], self._kept_until_s[person_ref]
-        for cipher in _oldest(ring.ciphers, self._max_ciphers, ()):
-            del ring.ciphers[cipher]
+        ciphers = sum(map(len, ring.ciphers.values()))
+        if ciphers > self._max_ciphers:
+            for held in ring.ciphers.values():  # the same share of each group
+                for sid in list(islice(held, len(held) - len(held) * self._max_ciphers // (2 * ciphers))):
+                    del held[sid]
 
     def _forget(self) -> None:
         for entries in (

@@ -46,6 +46,9 @@ class State(StrEnum):
     CORRUPT = "corrupt"
 
 
+_REVEALED, _ABSENT = State.REVEALED, Gone.ABSENT  # Python 3.11 takes 0.09 µs to find a member of an enumeration
+
+
 class Revealed(NamedTuple):
     """One record after an attempt to open it. `fields` is personal data; `reason` says why it was denied."""
 
@@ -148,7 +151,7 @@ class Revealer:
                 result = Revealed(State.DENIED, {}, (), "not_granted_for_account")
             else:
                 result = _open(message.stream, sealed, epochs, persons, now_at)
-                if message.stream == CLEARED and result.state is State.REVEALED:
+                if message.stream == CLEARED and result.state is _REVEALED:
                     why = self._forbidden(sealed, result.fields, now_s)
                     if why is not None:
                         result = Revealed(State.DENIED, {}, (), why.reason)
@@ -166,7 +169,7 @@ class Revealer:
             return Verdict("account_unknown", "CAL-2")
         region = plan.account.default_region or fields.get("country")
         party = normalise(fields["recipient"], region)
-        if not party.is_person or party.value in plan.own:
+        if not party.is_person or party.value in plan.account.own:
             return None
         token = self._tokens.of(party.value)
         if self._tail.view.get(token) is None:
@@ -253,7 +256,7 @@ def _open(
             key_id = KeyId.parse(part.key)
         except ValueError:
             return Revealed(State.CORRUPT, {})
-        epoch = epochs.get(key_id, Gone.ABSENT)
+        epoch = epochs.get(key_id, _ABSENT)
         secret = _secret(part.sid, persons)
         if isinstance(epoch, Gone):
             return Revealed(State(epoch.value), {})
@@ -271,11 +274,14 @@ def _open(
         except ValueError:
             return Revealed(State.CORRUPT, {})
         fields.update(_fields(part.group, plaintext))
-    return Revealed(State.REVEALED, fields, withheld)
+    return Revealed(_REVEALED, fields, withheld)
 
 
 def _secret(sid: str, persons: Mapping[str, Any]) -> bytes | Gone | None:
     """Return what goes beside the epoch key: a person's secret, the batch's salt, or nothing; None: malformed."""
+    found = persons.get(sid)
+    if found is not None:
+        return found if isinstance(found, Gone) else bytes(found.secret)
     if sid == NO_PERSON:
         return b""
     if sid.startswith(_SALT):
@@ -283,10 +289,7 @@ def _secret(sid: str, persons: Mapping[str, Any]) -> bytes | Gone | None:
             return bytes.fromhex(sid.removeprefix(_SALT))
         except ValueError:
             return None
-    if not _SID.fullmatch(sid):
-        return None
-    found = persons.get(sid, Gone.ABSENT)
-    return found if isinstance(found, Gone) else bytes(found.secret)
+    return Gone.ABSENT if _SID.fullmatch(sid) else None
 
 
 def _domain_of(stream: str) -> str | None:

@@ -1,7 +1,7 @@
 """What a log is: streams of messages in partitions, consumed exactly once. Two implementations, one contract suite.
 
 Every call may block on the disk or the network; each says what success means. All raise `LogBusy` or `LogFull`
-(Retriable: nothing has happened, call again) and `LogUnusable` (Fatal).
+(Retriable: nothing has happened, call again; after `Consumer.commit`, poll again) and `LogUnusable` (Fatal).
 """
 
 from collections.abc import Callable, Sequence
@@ -36,6 +36,7 @@ class Batch(NamedTuple):
     next_offset: int  # to commit
     lease: int  # epoch of the partition lease
     messages: Sequence[Message]
+    offsets: Sequence[int]  # of the messages; without gaps on SQLite
 
 
 class Bookmark(NamedTuple):
@@ -66,6 +67,12 @@ class Log(Protocol):
 
     async def end_offsets(self, stream: str) -> list[int]:
         """Return the offset after the last written message (the high watermark), per partition."""
+
+    async def stable_offsets(self, stream: str) -> list[int]:
+        """Return, per partition, the offset before which all is decided: committed, or never to be seen.
+
+        Less than `end_offsets` while somebody who has written has not committed yet; never so on SQLite.
+        """
 
     def consumer(self, worker_id: str) -> "Consumer":
         """Return a consumer of the input streams; consumers of one log share the partitions among themselves."""

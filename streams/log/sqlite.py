@@ -415,6 +415,10 @@ class SqliteLog:
         """Return the offset after the last written message (the high watermark), per partition."""
         return self._file(stream).offsets("ends", stream, self.partitions)
 
+    async def stable_offsets(self, stream: str) -> list[int]:
+        """Return the same as `end_offsets`: nothing is written before it is committed."""
+        return await self.end_offsets(stream)
+
     def consumer(self, worker_id: str) -> "SqliteConsumer":
         """Return a consumer of the input streams; one with an earlier one's id takes over from it at once."""
         return SqliteConsumer(self, worker_id)
@@ -523,7 +527,8 @@ class SqliteConsumer:
                 first, messages = self._traffic.take(stream, partition, offset, max_records, whole=True)
                 if messages and first == offset:
                     self._last[stream] = partition
-                    return Batch(stream, partition, offset, offset + len(messages), self._held[partition], messages)
+                    end = offset + len(messages)
+                    return Batch(stream, partition, offset, end, self._held[partition], messages, range(offset, end))
                 if self._main.offsets("committed", stream, self._log.partitions)[partition] == offset:
                     raise LogUnusable(
                         "unread input is missing: its two files are not of one moment, restore both",

@@ -1,15 +1,20 @@
 """The suppressions of this process, kept up to the `suppressions` stream's high watermark."""
 
+import asyncio
+import time
 from datetime import datetime
 
 import orjson
 
 from processors.screen.suppression import Suppressions, parse_key
-from schemas.errors import LogUnusable
+from schemas.errors import LogBusy, LogUnusable
 from streams.log.protocol import Log
 
 STREAM = "suppressions"
 _PAGE = 5000
+UNDECIDED_S = 0.5
+"""So long a catch-up waits for whoever has written opt-outs and not committed them yet."""
+_LOOK_S = 0.005
 
 
 class SuppressionTail:
@@ -23,22 +28,38 @@ class SuppressionTail:
     async def catch_up(self) -> int:
         """Fold in everything up to the high watermark seen at the call; return the number of records. Blocks on I/O.
 
-        Raises LogBusy if the stream cannot be seen now: whoever clears must not go on then. A record that is no
-        suppression raises LogUnusable, for the view would be incomplete without it.
+        What is written and not committed counts: it may be an opt-out. Raises LogBusy if it stays undecided, or the
+        stream cannot be seen: whoever clears must not go on then. A record that is no suppression raises LogUnusable,
+        for the view would be incomplete without it.
         """
         if self._next is None:
             self._next = await self._log.begin_offsets(STREAM)
+        ends = await self._log.end_offsets(STREAM)
+        if ends == self._next:
+            return 0
+        await self._decided(ends)
         count = 0
-        for partition, end in enumerate(await self._log.end_offsets(STREAM)):
+        for partition, end in enumerate(ends):
             while self._next[partition] < end:
                 page = await self._log.read(STREAM, partition, self._next[partition], _PAGE)
-                if not page:
-                    break
                 for stored in page:
                     self._apply(stored.key, stored.value, partition, stored.offset)
-                self._next[partition] = page[-1].offset + 1
+                self._next[partition] = page[-1].offset + 1 if page else end  # the rest is no message
                 count += len(page)
         return count
+
+    async def _decided(self, ends: list[int]) -> None:
+        """Wait until all before `ends` is committed or aborted. Raises LogBusy."""
+        deadline_s = time.monotonic() + UNDECIDED_S
+        while True:
+            stable = await self._log.stable_offsets(STREAM)
+            if all(offset >= end for offset, end in zip(stable, ends, strict=True)):
+                return
+            if time.monotonic() > deadline_s:
+                raise LogBusy(
+                    "opt-outs were written and not committed; nothing is cleared before they are", stream=STREAM
+                )
+            await asyncio.sleep(_LOOK_S)
 
     def _apply(self, key: bytes | None, value: bytes, partition: int, offset: int) -> None:
         try:

@@ -1,18 +1,27 @@
-"""Runs workers: one in this process, or several as child processes that are stopped and restarted together."""
+"""Runs workers: one in this process, or several as child processes that are stopped and restarted together.
+
+Whoever is to be watched (`[watch] listen`) runs as a child too, be it one only: the parent serves what the children
+count, also when one of them hangs.
+"""
 
 import asyncio
+import os
 import signal
 import sys
 import time
 from asyncio.subprocess import Process
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from processors.pipeline import Outcome
-from schemas.errors import Fatal, Retriable
+from schemas.errors import Action, Fatal, StreamveilError, action_for
 from streams.config import Config
 from streams.deployment import Deployment, process_id
+from streams.keys.store import Kms
+from streams.watch.watch import FOLDER_VARIABLE, Watch, Watched
 from streams.worker.selftest import selftest
 from streams.worker.worker import Worker
 
@@ -31,11 +40,15 @@ async def run_one(
     Returns how many records ended in which outcome. Raises Fatal errors of start-up, self-test and worker.
     """
     tell = _teller()
+    watch = _watch(config)
     async with _stopped_by_signals() as stopping, AsyncExitStack() as parts:
         while not stopping.is_set():
             try:
-                worker = await _opened(parts, config, stopping, on_batch, tell)
-            except Retriable as error:
+                worker = await _opened(parts, config, stopping, on_batch, tell, watch)
+            except StreamveilError as error:
+                if action_for(error) is not Action.WAIT:
+                    raise
+                watch.waits(error)
                 tell(error)
                 with suppress(TimeoutError):
                     await asyncio.wait_for(stopping.wait(), _REOPEN_S)
@@ -50,7 +63,8 @@ async def _opened(
     config: Config,
     stopping: asyncio.Event,
     on_batch: Callable[[list[Outcome]], None] | None,
-    on_wait: Callable[[Retriable], None],
+    on_wait: Callable[[StreamveilError], None],
+    watch: Watch,
 ) -> Worker:
     """Return a worker after its self-test; its log and keys stay open as long as `parts`. Raises: nothing is open.
 
@@ -58,6 +72,8 @@ async def _opened(
     """
     async with AsyncExitStack() as opened:
         deployment = await opened.enter_async_context(Deployment.open(config, busy_s=config.lease_s / 2))
+        if isinstance(deployment.store, _HasKms):
+            deployment.store.kms = watch.of_kms(deployment.store.kms)
         registries = deployment.registries()
         selftest(config.policy, registries, int(time.time()))
         cache, lease = deployment.keys()
@@ -72,20 +88,57 @@ async def _opened(
         batch_records=config.batch_records,
         on_batch=on_batch,
         on_wait=on_wait,
+        watch=watch,
         stopping=stopping,
     )
 
 
-async def run_many(count: int, config_args: list[str], *, until_idle: bool) -> None:
+@runtime_checkable
+class _HasKms(Protocol):
+    """A key store that calls a key management service."""
+
+    kms: Kms
+
+
+def is_watched(config: Config) -> bool:
+    """Return whether this process is a worker whose metrics another one serves."""
+    folder = os.environ.get(FOLDER_VARIABLE)
+    return folder is not None and Path(folder).parent == config.watch_path.absolute()
+
+
+def _watch(config: Config) -> Watch:
+    """Return what this process tells about its work."""
+    if not is_watched(config):
+        return Watch()
+    from streams.watch.metrics import Metrics  # noqa: PLC0415 — takes a quarter of a second, for who is watched only
+
+    return Metrics()
+
+
+@contextmanager
+def _served(config: Config, count: int) -> Iterator[Watched]:
+    """Serve the workers' metrics, if the configuration says where."""
+    if config.watch is None:
+        yield Watched()
+        return
+    from streams.watch.http import Expected, serving  # noqa: PLC0415 — as above
+
+    with serving(config.watch, config.watch_path, Expected(count, config.key_lease_s)) as watched:
+        yield watched
+
+
+async def run_many(config: Config, count: int, config_args: list[str], *, until_idle: bool) -> None:
     """Run `count` workers as child processes; SIGTERM and SIGINT go to all. Raises Fatal if one of them fails."""
     command = [sys.executable, "-m", "streams.cli", "run", "--workers", "1", *config_args]
     if until_idle:
         command.append("--until-idle")
-    async with _stopped_by_signals() as stopping:
-        children = [await asyncio.create_subprocess_exec(*command) for _ in range(count)]
-        stopper = asyncio.create_task(_stop_all(children, stopping))
-        failed = await asyncio.gather(*(_failed(child, stopping) for child in children))
-        stopper.cancel()
+    with _served(config, count) as watched:
+        async with _stopped_by_signals() as stopping:
+            environment = {**os.environ, **watched.variables}
+            children = [await asyncio.create_subprocess_exec(*command, env=environment) for _ in range(count)]
+            stopper = asyncio.create_task(_stop_all(children, stopping))
+            failed = await asyncio.gather(*(_failed(child, stopping, watched) for child in children))
+            stopper.cancel()
     if any(failed):
         raise Fatal("a worker ended with an error and the others were stopped; see its line above")
 
@@ -97,9 +150,10 @@ async def _stop_all(children: list[Process], stopping: asyncio.Event) -> None:
             child.terminate()
 
 
-async def _failed(child: Process, stopping: asyncio.Event) -> bool:
+async def _failed(child: Process, stopping: asyncio.Event, watched: Watched) -> bool:
     """Wait for a child's end, and return whether it failed; then all others are stopped."""
     status = await child.wait()
+    watched.ended(child.pid)
     if status == 0 or (stopping.is_set() and status in _STOPPED):
         return False
     stopping.set()
@@ -120,11 +174,11 @@ async def _stopped_by_signals() -> AsyncIterator[asyncio.Event]:
             loop.remove_signal_handler(stop)
 
 
-def _teller() -> Callable[[Retriable], None]:
+def _teller() -> Callable[[StreamveilError], None]:
     """Return a callback that says on standard error, at most every few seconds, what is being waited for."""
     told_s = 0.0
 
-    def tell(error: Retriable) -> None:
+    def tell(error: StreamveilError) -> None:
         nonlocal told_s
         now_s = time.monotonic()
         if now_s - told_s >= _TELL_EVERY_S or told_s == 0.0:

@@ -1,7 +1,8 @@
 """The worker: poll → prepare → fetch → complete → commit, until told to stop.
 
-A batch that cannot go on (Retriable) is dropped from memory and polled again, so it is prepared anew against the
-views of that moment. Nothing is cleared while `suppressions` cannot be read to its high watermark.
+What is done about an error says the table in schemas/errors.py. A batch that waits is dropped from memory and polled
+again, so it is prepared anew against the views of that moment. Nothing is cleared while `suppressions` cannot be read
+to its high watermark. What leaves is looked at once more just before the commit: sealed where it must be.
 """
 
 import asyncio
@@ -11,18 +12,27 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 
+from processors.keyring import Needs
 from processors.pipeline import Inbox, Outcome, Pipeline
+from processors.screen.verdict import RegistryView
 from processors.seal import ENTROPY_BYTES, Entropy
-from schemas.errors import Retriable
+from schemas.errors import Action, Fenced, Retriable, StreamveilError, action_for
+from schemas.policy import Policy
 from streams.keys.cache import KeyCache, KeyLease
 from streams.log.protocol import Batch, Consumer, Log
 from streams.state.registries import Registries
-from streams.state.suppressions import SuppressionTail
+from streams.state.suppressions import STREAM, SuppressionTail
+from streams.watch.unread import Unread
+from streams.watch.watch import Moment, Stages, Watch, Work
+from streams.worker.selftest import check_leaving
 
 POLL_S = 0.25
 IDLE_POLL_S = 0.02
 FORGET_EVERY_S = 5.0
 """Committed clear traffic is deleted from disk at least this often while a worker runs (bound: 60 s)."""
+LOOK_EVERY_S = 5.0
+"""What waits in the inputs, and what else only a look can tell, is looked at so often while somebody watches."""
+DAY_S = 86_400
 _BACKOFF_S = (0.05, 0.1, 0.2, 0.5, 1.0)
 
 
@@ -40,7 +50,8 @@ class Worker:
         *,
         batch_records: int,
         on_batch: Callable[[list[Outcome]], None] | None = None,
-        on_wait: Callable[[Retriable], None] | None = None,
+        on_wait: Callable[[StreamveilError], None] | None = None,
+        watch: Watch | None = None,
         stopping: asyncio.Event | None = None,
     ) -> None:
         self._log = log
@@ -52,7 +63,10 @@ class Worker:
         self._batch_records = batch_records
         self._on_batch = on_batch
         self._on_wait = on_wait
+        self._watch = watch or Watch()
         self._tail = SuppressionTail(log)
+        self._unread = Unread(log, consumer)
+        self._looked_s = -LOOK_EVERY_S
         self._forgotten_s = 0.0
         self.outcomes: Counter[Outcome] = Counter()
         self.stopping = stopping or asyncio.Event()
@@ -65,9 +79,10 @@ class Worker:
         """Work until `stop`, or with `until_idle` until every input partition is at its end.
 
         On return all is committed or untouched, clear traffic that was committed is gone from disk, and the
-        partitions are free. Raises Fatal errors (Fenced among them); Retriable ones are waited out.
+        partitions are free. Raises what the table of errors does not say to wait for (Fenced among it).
         """
         waits = 0
+        self._watch.up()
         try:
             while not self.stopping.is_set():
                 try:
@@ -75,12 +90,18 @@ class Worker:
                     if until_idle and not worked and await self._consumer.at_end():
                         break
                     waits = 0
-                except Retriable as error:
+                except StreamveilError as error:
+                    if action_for(error) is not Action.WAIT:
+                        raise
+                    self._watch.waits(error)
                     if self._on_wait is not None:
                         self._on_wait(error)
                     await self._pause(_BACKOFF_S[min(waits, len(_BACKOFF_S) - 1)])
                     waits += 1
             await self._forget_all()
+        except Fenced:
+            self._watch.fenced()
+            raise
         finally:  # what cannot be given back now runs out by itself
             with suppress(Retriable):
                 await self._consumer.close()
@@ -92,28 +113,80 @@ class Worker:
         await asyncio.sleep(0)  # nothing else here lets the loop see a signal while there is work
         await self._forget()
         batch = await self._consumer.poll(self._batch_records, timeout_s)  # keeps the partitions even without keys
-        if self._lease.due():
-            self._lease.renew()
-        await self._tail.catch_up()
+        self._watch.reached(Moment.POLLED)
+        await self._look()
+        self._renew()
+        await self._catch_up()
         if batch is not None:
             await self._process(batch)
+        self._watch.reached(Moment.PROGRESS)
         return batch is not None
+
+    def _renew(self) -> None:
+        if self._lease.due():
+            self._lease.renew()
+            self._watch.reached(Moment.LEASE_RENEWED)
+
+    async def _catch_up(self) -> None:
+        """Read `suppressions` to its high watermark. Raises Retriable if that cannot be done now."""
+        try:
+            await self._tail.catch_up()
+        except Retriable:
+            if self._watch.on:
+                with suppress(Retriable):
+                    ends, stable = await self._log.end_offsets(STREAM), await self._log.stable_offsets(STREAM)
+                    self._watch.behind(sum(ends) - sum(stable))
+            raise
+        self._watch.reached(Moment.CAUGHT_UP)
 
     async def _process(self, batch: Batch) -> None:
         self._registries.refresh(time.monotonic())
         now_s = int(time.time())
         inbox = Inbox(batch.stream, batch.partition, batch.offset, [message.value for message in batch.messages])
+        began_s = time.perf_counter()
         prepared = self._pipeline.prepare(inbox, self._tail.view, self._registries, now_s)
+        prepared_s = time.perf_counter()
+        missed = self._missed(prepared.needs)
+        fetch_s = time.perf_counter()
         ring = self._keys.fetch(prepared.needs, now_s)
+        fetched_s = time.perf_counter()
         entropy = Entropy(os.urandom(ENTROPY_BYTES))
         outputs = self._pipeline.complete(prepared, ring, entropy, self._log.partitions)
-        if self._lease.due():
-            self._lease.renew()
+        completed_s = time.perf_counter()
+        check_leaving(outputs, self._watch)
+        self._renew()
+        commit_s = time.perf_counter()
         await self._consumer.commit(batch, outputs, self._keys.guard())
+        stages_s = Stages(
+            prepared_s - began_s, fetched_s - fetch_s, completed_s - fetched_s, time.perf_counter() - commit_s
+        )
         self._tail.view.merge(prepared.overlay)
-        self.outcomes.update(prepared.outcomes)
+        outcomes = Counter(prepared.outcomes)
+        self.outcomes.update(outcomes)
+        self._unread.committed(batch)
+        asked = (len(prepared.needs.epochs), len(prepared.needs.persons))
+        self._watch.committed(Work(batch, outputs, outcomes, stages_s, asked, missed))
         if self._on_batch is not None:
             self._on_batch(prepared.outcomes)
+
+    def _missed(self, needs: Needs) -> tuple[int, int]:
+        """Return how many epoch keys and person secrets of a batch are not in memory, if somebody wants to know."""
+        if not self._watch.on:
+            return 0, 0
+        ring = self._keys.ring
+        return len(needs.epochs.keys() - ring.epochs.keys()), len(needs.persons.keys() - ring.persons.keys())
+
+    async def _look(self) -> None:
+        """Tell, every few seconds, what only a look can tell. What cannot be seen now is seen next time."""
+        now_s = time.monotonic()
+        if not self._watch.on or now_s - self._looked_s < LOOK_EVERY_S:
+            return
+        self._looked_s = now_s
+        self._watch.keeps(self._keys.ring)
+        self._watch.unfit(unfit(self._pipeline.policy, self._registries, time.time()))
+        with suppress(Retriable):
+            for stream, (lags, oldest_s) in (await self._unread.look()).items():
+                self._watch.unread(stream, lags, oldest_s)
 
     async def _forget(self) -> None:
         now_s = time.monotonic()
@@ -138,3 +211,12 @@ class Worker:
             await asyncio.wait_for(self.stopping.wait(), seconds)
         except TimeoutError:
             return
+
+
+def unfit(policy: Policy, registries: RegistryView, now_s: float) -> int:
+    """Return how many registries of a policy are required and missing, or too old to be used."""
+    ages_s = [
+        (rule, None if (as_of := registries.as_of(rule.name)) is None else now_s - as_of)
+        for rule in policy.screening.registry
+    ]
+    return sum(rule.required if age_s is None else age_s > rule.max_age_days * DAY_S for rule, age_s in ages_s)

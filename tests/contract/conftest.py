@@ -1,14 +1,23 @@
 """The implementations that are held to the contract suites."""
 
 import asyncio
-from collections.abc import Callable, Iterator
+import gc
+import time
+import warnings
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pytest
 
+from streams.config import Kafka
+from streams.log.kafka import KafkaLog
 from streams.log.protocol import Log
 from streams.log.sqlite import SqliteLog
+from tests.support.kafka import make_topics
+
+LEASE_S = 3.0
+"""Of partitions, on Kafka."""
 
 
 class Logs(Protocol):
@@ -55,12 +64,62 @@ class SqliteLogs:
         self._now += 10
 
 
-_LOGS: dict[str, Callable[[Path], Logs]] = {"sqlite": SqliteLogs}
+class KafkaLogs:
+    """The log on a real broker, under a topic prefix of its own; leases run out in real time."""
+
+    poll_s = 4.0
+
+    def __init__(self, settings: Kafka) -> None:
+        self._settings = settings
+        self._opened: list[Log] = []
+        self._run = asyncio.run
+        asyncio.run = self._run_and_close
+
+    def _run_and_close(self, test: Coroutine[Any, Any, None]) -> None:
+        """Run a test, and close its logs in the event loop that they live in."""
+
+        async def both() -> None:
+            try:
+                await test
+            finally:
+                for log in self._opened:
+                    await log.close()
+
+        self._run(both())
+        with warnings.catch_warnings():  # aiokafka drops connections that were being made when a member left
+            warnings.simplefilter("ignore", ResourceWarning)
+            gc.collect()
+
+    def open(self) -> Log:
+        self._opened.append(KafkaLog(self._settings, partitions=4, lease_s=LEASE_S))
+        return self._opened[-1]
+
+    def close(self) -> None:
+        asyncio.run = self._run
+
+    def heartbeats_due(self) -> None:
+        time.sleep(LEASE_S / 10)
+
+    def leases_run_out(self) -> None:
+        time.sleep(1.7 * LEASE_S)
+
+
+def kafka_logs(request: pytest.FixtureRequest) -> Logs:
+    """Return the log on the broker that all tests share, with topics that take whatever the contract writes."""
+    settings = request.getfixturevalue("kafka")
+    make_topics(request.getfixturevalue("broker"), settings.prefix, 4, {"message.timestamp.after.max.ms": str(2**62), "retention.ms": "-1"})
+    return KafkaLogs(settings)
+
+
+_LOGS: dict[str, Callable[[pytest.FixtureRequest], Logs]] = {
+    "sqlite": lambda request: SqliteLogs(request.getfixturevalue("tmp_path")),
+    "kafka": kafka_logs,
+}
 
 
 @pytest.fixture(params=_LOGS)
-def log_factory(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Logs]:
+def log_factory(request: pytest.FixtureRequest) -> Iterator[Logs]:
     """Yield each implementation of the log in turn, empty."""
-    logs = _LOGS[request.param](tmp_path)
+    logs = _LOGS[request.param](request)
     yield logs
     logs.close()

@@ -1,12 +1,13 @@
 import traceback
 from datetime import UTC, datetime, timedelta
+from typing import NamedTuple
 
 import orjson
 import pytest
 
 from processors.decode import MAX_AHEAD_S, REASONS, decode, parties, timestamp
 from schemas.errors import Poison
-from schemas.fields import MAX_RECORD_BYTES, Kind
+from schemas.fields import MAX_RECORD_BYTES
 from schemas.inbound import Cdr, Preference, Request
 from tests.support.records import (
     AT,
@@ -377,15 +378,20 @@ def test_a_record_id_that_holds_a_mail_address_is_quarantined():
     )
 
 
+class Named(NamedTuple):
+    name: str
+    digits: str = ""
+
+
 @pytest.mark.parametrize(("direction", "primary", "other"), [("mt", PERSON, OTHER), ("mo", OTHER, PERSON)])
 def test_the_primary_person_is_who_gets_an_outbound_and_who_sends_an_inbound(direction, primary, other):
-    found = parties(decode(raw(voice_cdr(direction=direction, sender=OTHER, recipient=PERSON))), None)
-    assert [party.value for party in found] == [primary, other]
+    record = decode(raw(voice_cdr(direction=direction, sender=OTHER, recipient=PERSON)))
+    assert parties(record, Named(OTHER), Named(PERSON)) == (Named(primary), Named(other))
 
 
 def test_the_primary_person_of_a_preference_is_who_sends_it():
-    found = parties(decode(raw(preference(direction="mt"))), None)
-    assert [party.kind for party in found] == [Kind.NUMBER, Kind.ALPHANUMERIC]
+    found = parties(decode(raw(preference(direction="mt"))), Named("person"), Named("sender id"))
+    assert found == (Named("person"), Named("sender id"))
 
 
 # --- what an error shows ------------------------------------------------------------------------------------

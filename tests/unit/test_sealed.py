@@ -1,7 +1,6 @@
 """Sealed values: published vectors for the very calls we make, the framing of keys and AAD, what does not open."""
 
-import hashlib
-import hmac
+import os
 import re
 from base64 import b64decode, b64encode
 
@@ -9,16 +8,19 @@ import orjson
 import pytest
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from processors.keyring import EpochKey, EpochRef, KeyRing, PersonSecret
-from processors.seal import Entropy, Sealer
+from processors.keyring import EpochKey, EpochRef, KeyRing, PersonRef, PersonSecret
+from processors.plan import Planner
+from processors.seal import Entropy, Job, Sealer, seal_each
 from schemas import sealed as grammar
 from schemas.sealed import (
     AESGCM,
-    HKDF,
     KeyId,
     aad_head,
     framed,
+    hkdf,
     key_info,
     open_box,
     pad,
@@ -30,6 +32,7 @@ from schemas.sealed import (
 )
 from tests.support.records import (
     DEFAULT_POLICY,
+    NOW_S,
     OTHER,
     PERSON,
     SEED,
@@ -100,18 +103,15 @@ HKDF_SHA_256 = {  # RFC 5869, appendix A.1 to A.3
 @pytest.mark.parametrize("case", HKDF_SHA_256)
 def test_hkdf_sha_256_gives_the_published_bytes(case):
     secret, salt, info, output = map(bytes.fromhex, HKDF_SHA_256[case])
-    assert HKDF(grammar._SHA256, len(output), salt or None, info).derive(secret) == output
-    assert hkdf(secret, salt, info, len(output)) == output
+    assert HKDF(SHA256(), len(output), salt or None, info).derive(secret) == output
+    assert salt or hkdf(secret, info) == output[:32]  # ours takes no salt
 
 
-def hkdf(secret, salt, info, size):
-    """RFC 5869 from nothing but HMAC."""
-    prk = hmac.digest(salt or bytes(32), secret, hashlib.sha256)
-    output = block = b""
-    for count in range(1, -(-size // 32) + 1):
-        block = hmac.digest(prk, block + info + bytes([count]), hashlib.sha256)
-        output += block
-    return output[:size]
+def test_our_hkdf_is_openssl_s():
+    for size in (0, 1, 32, 63, 64, 65, 100, 1000):
+        for info_size in (0, 1, 50, 64, 200):
+            secret, info = os.urandom(size), os.urandom(info_size)
+            assert hkdf(secret, info) == HKDF(SHA256(), 32, None, info).derive(secret)
 
 
 # --- keys and frames ----------------------------------------------------------------------------------------
@@ -124,9 +124,9 @@ def frame(*texts):
 
 
 def test_the_record_key_is_hkdf_of_epoch_key_and_secret_over_domain_owner_account_epoch_version():
-    # Given the key as the grammar says it, from HMAC alone
+    # Given the key as the grammar says it
     info = frame("pii", "platform", "acme", "2026-11", "12")
-    key = hkdf(EPOCH_KEY + SECRET, b"", info, 32)
+    key = HKDF(SHA256(), 32, None, info).derive(EPOCH_KEY + SECRET)
     # When our record key encrypts
     key_id = KeyId("pii", "platform", "2026-11", 12)
     cipher = record_key(EPOCH_KEY, SECRET, key_info(key_id, "acme"))
@@ -199,7 +199,8 @@ def opened_by_hand(value, stream, epoch_key, secrets):
     for part, box in zip(parts, boxes, strict=True):
         domain, owner, epoch, version = part["key"].split("/")
         name = fields.get("account_id") or ""
-        key = hkdf(epoch_key(part["key"]) + secrets(part["sid"]), b"", frame(domain, owner, name, epoch, version), 32)
+        info = frame(domain, owner, name, epoch, version)
+        key = HKDF(SHA256(), 32, None, info).derive(epoch_key(part["key"]) + secrets(part["sid"]))
         seal_id, nonce, ciphertext, tag = box[:16], box[16:28], box[28:-16], box[-16:]
         decryptor = Cipher(algorithms.AES(key), modes.GCM(nonce, tag)).decryptor()
         aad = frame("1", stream, owner, name, part["group"]) + b"\0\0\0\x10" + seal_id
@@ -257,16 +258,26 @@ def test_a_sealed_value_is_one_json_object_with_sorted_keys_and_no_white_space()
                     assert (len(b64decode(part["box"])) - 16 - 12 - 16) % 32 == 0
 
 
-def test_the_sealer_of_one_part_and_that_of_several_speak_one_grammar():
-    # Given one value sealed in both ways, from the same entropy
+def test_the_loop_over_one_part_values_and_the_sealer_of_several_parts_speak_one_grammar():
+    # Given values sealed in both ways, from the same entropy: of every padding, with the template's head and their own
+    template = Planner(policy_of()).plan("acme", NOW_S).pii
     epoch = EpochKey(KeyId("pii", "platform", "2026-11", 1), EPOCH_KEY, None)
-    person = PersonSecret("ab" * 16, SECRET)
-    head, tail = split_envelope({"account_id": "acme", "month": "2026-11", "privacy": {}})
-    for text in (b"", b"x" * 31, b"x" * 32, b"x" * 1000):
-        for who in (person, None):
-            one = Sealer(KeyRing(), Entropy(SEED), "cdr.pii", "acme", epoch).one_part(tail, "primary")
-            more = Sealer(KeyRing(), Entropy(SEED), "cdr.pii", "acme", epoch)
-            assert one.seal(one.frame(head), who, text) == more.several(head, tail, [("primary", who, text)])
+    ref, person = PersonRef("platform", b"t" * 16, "2026-11"), PersonSecret("ab" * 16, SECRET)
+    for head in (None, b'{"account_id":"acme","more":"' + b"x" * 300 + b'","sealed":['):
+        for text in (b"", b"x" * 31, b"x" * 32, b"x" * 1000):
+            for who, secret in ((ref, person), (None, None)):
+                entropy = Entropy(SEED)
+                one = Sealer(KeyRing(), entropy, "cdr.pii", "acme", epoch)
+                more = Sealer(KeyRing(), Entropy(SEED), "cdr.pii", "acme", epoch)
+                written = []
+                # When the loop seals two of them, so that the second finds what the first derived
+                job = Job(template, who, text, head)
+                seal_each([job, job], {ref: person}, entropy, lambda t, s=one, w=written: s.way(t, w.append))
+                # Then each is what several parts of one give
+                expected = more.several(head or template.head, template.tail, [("primary", secret, text)])
+                assert written[0].value == expected
+                assert written[1].value != expected
+                assert (written[0].timestamp_ms, written[0].headers) == (template.at_ms, template.headers)
 
 
 # --- what does not open -------------------------------------------------------------------------------------

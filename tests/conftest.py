@@ -1,0 +1,3 @@
+"""What tests of every folder may use."""
+
+pytest_plugins = ["tests.support.kafka"]

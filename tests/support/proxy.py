@@ -1,0 +1,118 @@
+"""A network between clients and one server that can be cut, slow, or torn: every connection passes through `Proxy`.
+
+What was sent into a cut network is not gone: it arrives when the network is whole again, also if its sender has given
+up by then. So a server gets requests late that its client has repeated on another connection.
+"""
+
+import asyncio
+import socket
+import struct
+import threading
+from collections.abc import Coroutine
+from contextlib import suppress
+from typing import Any, Self
+
+LOOPBACK = "127.0.0.1"
+
+
+class Proxy:
+    """Passes on what comes in at a port of this machine to another one, in a thread of its own."""
+
+    def __init__(self, port: int, to: int) -> None:
+        """Take the two ports; nothing listens before the context is entered."""
+        self._port, self._to = port, to
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._server: asyncio.Server
+        self._whole = asyncio.Event()
+        self._delay_s = 0.0
+        self._pairs: set[tuple[asyncio.StreamWriter, asyncio.StreamWriter]] = set()
+        self._tasks: set[asyncio.Task] = set()
+        self.passed_bytes = 0
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        self._server = self._within(asyncio.start_server(self._accepted, LOOPBACK, self._port))
+        self.heal()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._within(self._close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    # --- what can be done to it
+
+    def cut(self) -> None:
+        """Let nothing through, in either direction; connections stay, and new ones get no further than here."""
+        self._loop.call_soon_threadsafe(self._whole.clear)
+
+    def slow(self, delay_s: float) -> None:
+        """Keep back everything for so long, in either direction."""
+        self._delay_s = delay_s
+
+    def tear(self) -> int:
+        """Reset all connections, and return how many."""
+        return self._within(self._tear())
+
+    def heal(self) -> None:
+        """Be a good network again; what was kept back arrives."""
+        self._delay_s = 0.0
+        self._loop.call_soon_threadsafe(self._whole.set)
+
+    # --- inside
+
+    def _within(self, work: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(10)
+
+    async def _close(self) -> None:
+        self._server.close()
+        await self._tear()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._server.wait_closed()
+
+    async def _tear(self) -> int:
+        torn = list(self._pairs)
+        self._pairs.clear()
+        for pair in torn:
+            for writer in pair:
+                with suppress(OSError):
+                    sock = writer.get_extra_info("socket")
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                writer.transport.abort()
+        return len(torn)
+
+    async def _accepted(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        pair = None
+        try:
+            await self._whole.wait()
+            there, out = await asyncio.open_connection(LOOPBACK, self._to)
+            pair = (writer, out)
+            self._pairs.add(pair)
+            await asyncio.gather(self._pump(reader, out), self._pump(there, writer))
+        except (OSError, asyncio.CancelledError):
+            pass
+        finally:
+            self._tasks.discard(task)
+            for one in pair or (writer,):
+                one.transport.abort()
+            self._pairs.discard(pair)
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Pass on in one direction, up to the end; a half that has ended leaves the other one open."""
+        while data := await reader.read(65_536):
+            if self._delay_s:
+                await asyncio.sleep(self._delay_s)
+            await self._whole.wait()
+            writer.write(data)
+            self.passed_bytes += len(data)
+            await writer.drain()
+        await self._whole.wait()
+        with suppress(OSError):
+            writer.write_eof()
