@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 
-from benchmarks.common import SMOKE, machine
+from benchmarks.common import SMOKE, machine, results
 
 CASES = ("stages", "pipeline", "log", "reveal", "memory")
 
@@ -18,7 +18,7 @@ def main() -> int:
         return 2
     where = machine()
     print(json.dumps(where))
-    results = []
+    rows = []
     for name in chosen:
         command = [sys.executable, "-m", f"benchmarks.bench_{name}"] + (["--smoke"] if SMOKE else [])
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -27,13 +27,13 @@ def main() -> int:
             return 1
         for line in done.stdout.splitlines():
             row = {"bench": name, **json.loads(line)}
-            results.append(row)
+            rows.append(row)
             print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
     if SMOKE:
         print("smoke run: these figures are no measurement")
         return 0
     path = results() / f"{time.strftime('%Y%m%d-%H%M%S')}.json"
-    path.write_text(json.dumps({"machine": where, "results": results}, indent=1) + "\n")
+    path.write_text(json.dumps({"machine": where, "results": rows}, indent=1) + "\n")
     print(f"written: {path}")
     return 0
 

@@ -1,11 +1,11 @@
-"""The pipeline in two pure steps: `prepare` decides, `complete` seals and splits. Read this first.
+"""The pipeline in two pure steps: `prepare` decides and splits, `complete` seals. Read this first.
 
     batch ─▶ prepare(batch, view, planner, now) ─▶ Prepared ── needs ─▶ [the shell fetches keys]
                                                        └─▶ complete(prepared, ring, entropy) ─▶ outputs
 
 `prepare` folds the records in order over a copy-on-write overlay of the suppressions, so that a STOP acts from the
 next record on. It renders at once what a record leaves and lets it go before the next: the records of a batch then
-use the same memory one after the other, which the processor has at hand (measured: a sixth of the time). Neither step
+use the same memory one after the other, which the processor has at hand (measured: a tenth of the time). Neither step
 does I/O or reads a clock; same input, keys, time and entropy give the same bytes. A batch that waited or was aborted
 is prepared anew. Every input offset ends in exactly one `Outcome`.
 """

@@ -801,7 +801,7 @@ def _demo_config(cluster: Cluster, folder: Path) -> Path:
 def _remove(cluster: Cluster, prefix: str) -> None:
     """Delete the topics under a prefix."""
     admin = AdminClient(cluster.client())
-    topics = [name for name in admin.list_topics(timeout=10).topics if name.startswith(prefix)]
+    topics = [name for name in admin.list_topics(timeout=30).topics if name.startswith(prefix)]
     for gone in admin.delete_topics(topics).values() if topics else ():
         gone.result()
 

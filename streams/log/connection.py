@@ -19,7 +19,12 @@ from typing import Any, Final, NamedTuple, ParamSpec, Protocol, TypeVar
 
 from aiokafka.client import AIOKafkaClient, ConnectionGroup, CoordinationType
 from aiokafka.conn import create_conn
-from aiokafka.errors import AuthenticationFailedError, KafkaError
+from aiokafka.errors import (
+    AuthenticationFailedError,
+    KafkaError,
+    SaslAuthenticationFailed,
+    UnsupportedSaslMechanismError,
+)
 from aiokafka.protocol.api import Request, RequestStruct, Response
 from aiokafka.protocol.fetch import FetchRequest
 from aiokafka.protocol.offset import OffsetRequest
@@ -267,7 +272,7 @@ class Connection:
             except ssl.SSLError as error:
                 why = error.verify_message if isinstance(error, ssl.SSLCertVerificationError) else error.reason
                 return LogUnusable(f"the brokers' TLS certificate is not accepted: {why}; check ca_file", log=server)
-            except AuthenticationFailedError:
+            except (AuthenticationFailedError, SaslAuthenticationFailed, UnsupportedSaslMechanismError):
                 return LogUnusable("the brokers refuse user and password of [kafka]: check password_file", log=server)
             except (OSError, KafkaError, TimeoutError):
                 continue

@@ -52,6 +52,7 @@ _RESERVED: Final = re.compile(rf"(?:^|[.-])({'|'.join((*ROLES, WORKERS, 'publish
 _TIMEOUT_S: Final = 30.0
 _SETTLING_S: Final = 30.0
 _CONNECT_S: Final = 10.0
+_REASON_S: Final = 1.0
 _ITERATIONS: Final = 8192
 
 
@@ -512,18 +513,27 @@ class _Brokers:
         deadline = time.monotonic() + _CONNECT_S
         while not asked.done():
             self._client.poll(0.05)
-            if "_SSL" in self._heard:
-                why = _why_not_tls(self._kafka)
-                raise LogUnusable(f"the brokers' TLS certificate is not accepted: {why}; check ca_file")
             if "_AUTHENTICATION" in self._heard:
                 raise LogUnusable("the brokers refuse user and password of [kafka]: check password_file")
-            if "_ALL_BROKERS_DOWN" in self._heard or time.monotonic() > deadline:
-                raise LogBusy(
-                    "no broker answers: are they running, is the address right, and do they speak TLS or plaintext as"
-                    " configured?",
-                    log=",".join(self._kafka.servers),
-                )
+            if "_ALL_BROKERS_DOWN" in self._heard:
+                deadline = min(deadline, time.monotonic() + _REASON_S)
+                self._heard.remove("_ALL_BROKERS_DOWN")  # why may be told only after that
+            if "_SSL" in self._heard or time.monotonic() > deadline:
+                raise self._no_connection()
         return self._result(asked)
+
+    def _no_connection(self) -> StreamveilError:
+        if self._kafka.username is not None:
+            for server in self._kafka.servers:
+                why = _bad_certificate(server, tls_context(self._kafka))
+                if why is not None:
+                    return LogUnusable(
+                        f"the brokers' TLS certificate is not accepted: {why}; check ca_file", log=server
+                    )
+        return LogBusy(
+            "no broker answers: are they running, is the address right, and do they speak TLS or plaintext as configured?",
+            log=",".join(self._kafka.servers),
+        )
 
     def found(self, wanted: Plan) -> Found:
         """Return the state of the brokers in what a plan is about."""
@@ -644,25 +654,20 @@ class _Absent(Exception):
     """There is no such thing on the brokers."""
 
 
-def _why_not_tls(kafka: Kafka) -> str:
-    """Return what is wrong with the TLS of the brokers, which librdkafka does not say."""
-    context = tls_context(kafka)
-    for server in kafka.servers:
-        host, port = server.rsplit(":", 1)
-        host = host.strip("[]")
-        try:
-            with (
-                socket.create_connection((host, int(port)), _CONNECT_S) as connected,
-                context.wrap_socket(connected, server_hostname=host),
-            ):
-                continue
-        except ssl.SSLCertVerificationError as error:
-            return error.verify_message
-        except ssl.SSLError as error:
-            return error.reason or "no TLS"
-        except OSError:
-            continue
-    return "no handshake"
+def _bad_certificate(server: str, context: ssl.SSLContext) -> str | None:
+    """Return what is wrong with a broker's certificate, which librdkafka does not say; None: nothing, or none came."""
+    host, port = server.rsplit(":", 1)
+    host = host.strip("[]")
+    try:
+        with (
+            socket.create_connection((host, int(port)), _CONNECT_S) as connected,
+            context.wrap_socket(connected, server_hostname=host),
+        ):
+            return None
+    except ssl.SSLCertVerificationError as error:
+        return str(error.verify_message)
+    except OSError:
+        return None
 
 
 def _error(error: KafkaException) -> StreamveilError:

@@ -20,14 +20,19 @@ import streams.cli.demo
 from deploy.kafka import broker as module
 from deploy.kafka.broker import LOOPBACK, NODE_CN, Authority, BrokerError, Cluster, Ports, jars
 from streams.cli.main import main
-from tests.support.commands import eventually
+from tests.support.commands import PATIENCE_S, eventually
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "deploy" / "kafka" / "broker.py"
 
 
+def gets_in(properties: dict) -> bool:
+    """Return that somebody gets in so, as soon as that is so."""
+    return bool(eventually(lambda: answers(properties), "an answer of the broker"))
+
+
 def answers(properties: dict) -> bool:
-    """Return whether somebody gets in so, and is answered."""
+    """Return whether somebody gets in so, and is answered at once."""
     admin = AdminClient({"log_level": 0} | properties)  # kept by a name: what it does ends with it
     try:
         return bool(admin.describe_cluster(request_timeout=3).result().nodes)
@@ -41,7 +46,7 @@ def make_topic(cluster: Cluster, name: str) -> None:
 
 
 def topics(cluster: Cluster) -> dict:
-    return AdminClient(cluster.client()).list_topics(timeout=10).topics
+    return AdminClient(cluster.client()).list_topics(timeout=PATIENCE_S).topics
 
 
 def command(*words: object, **environment: str) -> subprocess.CompletedProcess:
@@ -198,7 +203,7 @@ def test_a_port_that_somebody_took_meanwhile_is_no_failure_of_a_new_broker(tmp_p
         monkeypatch.setattr(module, "_free_ports", lambda _: found.pop(0))
         with Cluster(tmp_path / "kafka", quick=True) as cluster:
             assert cluster.ports[0].client != taken.getsockname()[1]
-            assert answers(cluster.client())
+            assert gets_in(cluster.client())
         # but one that has clients comes back where they look for it, or says why it cannot
         with socket.create_server((LOOPBACK, cluster.ports[0].client)), pytest.raises(BrokerError, match="is taken"):
             cluster.start()
@@ -270,7 +275,7 @@ def test_a_cluster_of_another_kind_is_not_taken_for_this_one(broker):
 
 def test_only_the_right_password_over_tls_gets_in(broker):
     right = broker.client()
-    assert answers(right)
+    assert gets_in(right)
     assert not answers(right | {"sasl.password": "wrong"})
     assert not answers(right | {"sasl.username": "nobody"})
     assert not answers(right | {"security.protocol": "SASL_PLAINTEXT"})
@@ -290,7 +295,7 @@ def test_controllers_listen_to_nobody_but_nodes(broker, tmp_path):
             socket.create_connection((LOOPBACK, broker.ports[0].controller)) as plain,
             context.wrap_socket(plain, server_hostname=LOOPBACK) as secured,
         ):
-            secured.settimeout(5)
+            secured.settimeout(PATIENCE_S)
             secured.sendall(bytes.fromhex("0000000a 0012 0000 00000007 ffff"))  # ApiVersions, request 7
             return secured.recv(8)[4:]
 
@@ -377,20 +382,20 @@ def test_nodes_of_a_cluster_are_killed_suspended_and_come_back_one_by_one(tmp_pa
 
         # behind a proxy, clients are told the proxy's addresses
         behind = cluster.client() | {"bootstrap.servers": f"{LOOPBACK}:{cluster.ports[0].behind_proxy}"}
-        told = AdminClient(behind).list_topics(timeout=10).brokers.values()
+        told = AdminClient(behind).list_topics(timeout=PATIENCE_S).brokers.values()
         assert {one.port for one in told} == {ports.proxy for ports in cluster.ports}
 
         cluster.kill(0)
         assert (cluster.pid(0), answers(cluster.client(0))) == (None, False)
-        assert answers(cluster.client())
+        assert gets_in(cluster.client())
         cluster.start_node(0)
-        assert answers(cluster.client(0))
+        assert gets_in(cluster.client(0))
 
         pid = cluster.pid(1)
         cluster.suspend(1)
         assert (cluster.pid(1), answers(cluster.client(1))) == (pid, False)
         cluster.resume(1)
-        assert eventually(lambda: answers(cluster.client(1)), "an answer of a node that was resumed")
+        assert gets_in(cluster.client(1))
 
         cluster.stop_node(2)
         assert cluster.pid(2) is None

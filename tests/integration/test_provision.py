@@ -21,6 +21,9 @@ from confluent_kafka.admin import (
     ConfigResource,
     NewTopic,
     ResourceType,
+    ScramCredentialInfo,
+    ScramMechanism,
+    UserScramCredentialUpsertion,
 )
 
 from deploy.kafka.broker import LOOPBACK, Authority, Cluster
@@ -410,6 +413,31 @@ def test_only_an_administrator_provisions_and_sees_what_differs(make):
             said = place.run("streams", verb)
             assert "use an administrator" in one_line(said)
             assert said.out == ""
+
+
+def test_an_administrator_needs_a_few_rights_and_need_not_be_a_super_user(make, admin):
+    place = make()
+    user, path = f"{place.prefix}deployer", place.folder / "deployer.password"
+    path.write_text("of the deployer")
+    path.chmod(0o600)
+    info = ScramCredentialInfo(ScramMechanism.SCRAM_SHA_512, 4096)
+    done(admin.alter_user_scram_credentials([UserScramCredentialUpsertion(user, info, path.read_bytes())]))
+    rights = [binding("BROKER", "kafka-cluster", "LITERAL", user, operation) for operation in ("DESCRIBE", "ALTER")]
+    rights += [
+        binding("TOPIC", place.prefix, "PREFIXED", user, operation)
+        for operation in ("CREATE", "DESCRIBE", "ALTER_CONFIGS")
+    ]
+    done(admin.create_acls(rights))
+    place.configure_kafka(user, path)
+    place.apply("--credentials", place.credentials)
+    shown = place.show()
+    assert {(one["action"], one["name"]) for one in shown} == {("leave", user)}  # its own rights on our topics
+    set_on_topic(admin, f"{place.prefix}audit", segment_bytes="1048576")
+    eventually(lambda: len(place.show()) > len(shown), "the drift")
+    assert place.apply().out.splitlines()[-1] == "1 change"
+    # When one of them is missing / Then that is said, and not that everything is missing
+    done(admin.delete_acls([AclBindingFilter(*rights[0]._to_tuple()), AclBindingFilter(*rights[1]._to_tuple())]))
+    assert "use an administrator" in one_line(place.call("streams", "show"))
 
 
 def wrong_password(place, _):

@@ -4,19 +4,23 @@ from collections import Counter
 
 import orjson
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from processors.decode import FIELDS, REASONS
 from processors.keyring import EpochKey, EpochRef, KeyRing, PersonRef, PersonSecret
+from processors.plan import Planner
 from processors.screen import verdict
 from processors.seal import Entropy, Sealer
 from schemas.sealed import KeyId, split_envelope, take_apart
 from tests.support.records import (
+    NOW_S,
     OTHER,
+    TOKENS,
     a_ring,
     examples,
     open_value,
+    policy_of,
     preference,
     reply,
     run,
@@ -277,3 +281,25 @@ def test_a_shuffle_loses_and_adds_nothing(items, seed):
 @given(st.integers(1, 10**6), st.binary(min_size=32, max_size=32))
 def test_a_number_is_drawn_below_its_bound(bound, seed):
     assert 0 <= Entropy(seed).below(bound) < bound
+
+
+ADDRESSES = st.sampled_from([
+    "ann@example.org", "Ann@Example.org", "sip:ann@example.org", "+4915112345678", "0151 12345678", "015112345678",
+    "004915112345678", "(415) 555-0123", "+14155550123", "ACME", "acme", "12345", "", "anonymous", "+49151 12345678",
+]) | st.text(max_size=12)  # fmt: skip
+
+
+@examples(100)
+@example([("ann@example.org", None), ("sip:ann@example.org", None)])
+@given(st.lists(st.tuples(ADDRESSES, st.sampled_from(["DE", "US", None])), min_size=1, max_size=8))
+def test_whom_a_planner_remembers_is_who_it_would_meet_anew(addresses):
+    # Given a planner that has met others before, by its memory where it has one, as the pipeline asks it
+    kept = Planner(policy_of())
+    circle = kept.plan("acme", NOW_S).circle
+    for raw, country in addresses:
+        known = circle.met.get(raw) or kept.meet(kept.plan("acme", NOW_S), raw, country, TOKENS)
+        # Then it is whom a planner meets that has met nobody
+        fresh = Planner(policy_of())
+        anew = fresh.meet(fresh.plan("acme", NOW_S), raw, country, TOKENS)
+        for name in ("party", "digits", "token", "account", "platform"):
+            assert getattr(known, name) == getattr(anew, name)

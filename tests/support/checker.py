@@ -1,21 +1,22 @@
 """The offline checker: what was published, against what each stream holds. Nothing here asks the program's own reader,
 but for opening what is sealed.
 
-    gather()   reads every topic with a plain consumer, committed data and all data, and the streams as `tail` shows them
+    gather()   reads every topic with a plain consumer, what is committed and all, and the streams as `tail` shows them
     check()    pure: says what is wrong with that
 
 What must come of an input record is worked out here by hand, from the input topics in the order in which they lie.
 """
 
+import asyncio
 import ssl
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import orjson
-from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 
-from schemas.catalog import CATALOG, INPUTS, TRAFFIC
+from schemas.catalog import CATALOG, INPUTS
 from streams.config import Kafka
 from tests.support.commands import PATIENCE_S
 from tests.support.history import ADDRESS, CONTENTS, ID, NUMBER, WORD, Outcome, Sent, texts
@@ -27,12 +28,12 @@ ORDERED = ("verdicts", "cleared", "content", "cdr.pii", "review")
 NAMED = ("verdicts", "cleared")
 """Streams in which a record's id may stand in the clear."""
 KINDS = (
-    "lost", "duplicated", "aborted but visible", "out of order", "clear", "without twin", "not committed", "not as published",
+    "lost", "duplicated", "aborted but visible", "out of order", "clear", "without twin", "not committed",
+    "not as published",
 )  # fmt: skip
 _MOST = 5
 """Lines of a kind that are shown; all are counted."""
 
-type_of = {stream: CATALOG[stream].domain for stream in OUTPUTS}
 Place = tuple[str, int]
 """Stream and partition."""
 
@@ -54,6 +55,7 @@ class Evidence(NamedTuple):
     written: Mapping[Place, list[Row]]  # what a reader gets who asks for everything
     shown: Mapping[str, list[dict]]  # stream → the lines of `tail`, sealed parts opened
     positions: Mapping[Place, int]  # up to where the workers say they have read
+    ends: Mapping[Place, int]
 
 
 class Verdict(NamedTuple):
@@ -71,22 +73,22 @@ class Verdict(NamedTuple):
 # --- reading ------------------------------------------------------------------------------------------------------
 
 
-async def gather(settings: Kafka, partitions: int, sent: list[Sent], tail: Callable[..., list[dict]]) -> Evidence:
+def gather(settings: Kafka, partitions: int, sent: list[Sent], tail: Callable[..., list[dict]]) -> Evidence:
     """Return the evidence of one deployment. `tail`: as of `tests.support.commands.Place`, for opening what is sealed.
 
     Waits until no transaction is open any more.
     """
-    committed = await _read(settings, partitions, "read_committed")
-    written = await _read(settings, partitions, "read_uncommitted")
-    positions = await _positions(settings, partitions)
+    committed, _ = asyncio.run(_read(settings, partitions, "read_committed"))
+    written, ends = asyncio.run(_read(settings, partitions, "read_uncommitted"))
+    positions = asyncio.run(_positions(settings, partitions))
     shown = {}
     for stream in OUTPUTS:
         options = () if CATALOG[stream].domain is None else ("--reveal", "--reason", "TEST-1")
         shown[stream] = tail(stream, *options)
-    return Evidence(sent, committed, written, shown, positions)
+    return Evidence(sent, committed, written, shown, positions, ends)
 
 
-def _consumer(settings: Kafka, isolation: str) -> AIOKafkaConsumer:
+def _consumer(settings: Kafka, isolation: str, group: str | None = None) -> AIOKafkaConsumer:
     security: dict = {"security_protocol": "PLAINTEXT"}
     if settings.username is not None:
         security = {
@@ -97,7 +99,7 @@ def _consumer(settings: Kafka, isolation: str) -> AIOKafkaConsumer:
             "sasl_plain_password": settings.password_path.read_text().strip(),
         }
     return AIOKafkaConsumer(
-        bootstrap_servers=list(settings.servers), group_id=f"{settings.prefix}workers", isolation_level=isolation,
+        bootstrap_servers=list(settings.servers), group_id=group, isolation_level=isolation,
         enable_auto_commit=False, auto_offset_reset="earliest", fetch_max_wait_ms=50, **security,
     )  # fmt: skip
 
@@ -106,8 +108,8 @@ def _places(settings: Kafka, partitions: int, streams: Iterable[str]) -> dict[To
     return {TopicPartition(settings.prefix + stream, p): (stream, p) for stream in streams for p in range(partitions)}
 
 
-async def _read(settings: Kafka, partitions: int, isolation: str) -> dict[Place, list[Row]]:
-    """Return every message of every topic, up to its end (the high watermark), read as asked for."""
+async def _read(settings: Kafka, partitions: int, isolation: str) -> tuple[dict[Place, list[Row]], dict[Place, int]]:
+    """Return every message of every topic, read as asked for, and the ends (high watermarks) up to which it was."""
     places = _places(settings, partitions, (*INPUTS, *OUTPUTS))
     found: dict[Place, list[Row]] = {place: [] for place in places.values()}
     everything = _consumer(settings, "read_uncommitted")
@@ -120,11 +122,9 @@ async def _read(settings: Kafka, partitions: int, isolation: str) -> dict[Place,
         await consumer.seek_to_beginning()
         for _ in range(int(PATIENCE_S / 0.2)):
             for topic, some in (await consumer.getmany(timeout_ms=200)).items():
-                found[places[topic]] += [
-                    Row(one.offset, one.key or b"", b" ".join(map(_header, one.headers)), one.value or b"") for one in some
-                ]
+                found[places[topic]] += map(_row, some)
             if all([await consumer.position(topic) >= end for topic, end in ends.items()]):
-                return found
+                return found, {places[topic]: end for topic, end in ends.items()}
         left = [places[topic] for topic, end in ends.items() if await consumer.position(topic) < end]
         raise AssertionError(f"a transaction is never decided: {left}")
     finally:
@@ -132,12 +132,13 @@ async def _read(settings: Kafka, partitions: int, isolation: str) -> dict[Place,
         await everything.stop()
 
 
-def _header(header: tuple[str, bytes]) -> bytes:
-    return header[0].encode() + b"=" + header[1]
+def _row(message: ConsumerRecord) -> Row:
+    headers = b" ".join(name.encode() + b"=" + value for name, value in message.headers)
+    return Row(message.offset, message.key or b"", headers, message.value or b"")
 
 
 async def _positions(settings: Kafka, partitions: int) -> dict[Place, int]:
-    consumer = _consumer(settings, "read_committed")
+    consumer = _consumer(settings, "read_committed", f"{settings.prefix}workers")
     await consumer.start()
     try:
         places = _places(settings, partitions, INPUTS)
@@ -261,7 +262,7 @@ def _spoken(stream: str, name: str) -> str:
 
 
 def _published(sent: list[Sent], inputs: Mapping[Place, list[dict | bytes]]) -> Iterator[Finding]:
-    """What a gateway was told is done is there once; what it does not know, at most once; nothing else is there."""
+    """What a gateway was told is done is there once; what it does not know, at most once and whole; nothing else is."""
     there = Counter(texts(record) for rows in inputs.values() for record in rows)
     least = Counter(texts(one.record) for one in sent if one.outcome is Outcome.DONE)
     most = Counter(texts(one.record) for one in sent)
@@ -269,6 +270,13 @@ def _published(sent: list[Sent], inputs: Mapping[Place, list[dict | bytes]]) -> 
         yield "lost", _spoken("input", name)
     for name in (there - most).elements():
         yield "duplicated", _spoken("input", name)
+    torn: dict[int, set[bool]] = defaultdict(set)
+    for one in sent:
+        if one.outcome is Outcome.UNKNOWN:
+            torn[one.chunk].add(texts(one.record) in there)
+    for chunk, states in torn.items():
+        if len(states) > 1:
+            yield "lost", f"a part of chunk {chunk}"
 
 
 def _once(wanted: _Wanted, shown: Mapping[str, list[dict]]) -> Iterator[Finding]:
@@ -357,14 +365,11 @@ def _twins(shown: Mapping[str, list[dict]]) -> Iterator[Finding]:
 
 def _committed(evidence: Evidence) -> Iterator[Finding]:
     """The workers' offsets are behind the last input, and not behind the end."""
-    for place, rows in evidence.written.items():
-        if place[0] not in INPUTS:
-            continue
-        position = evidence.positions.get(place, 0)
+    for place, position in evidence.positions.items():
         for row in evidence.committed.get(place, ()):
             if row.offset >= position:
                 yield "not committed", f"{place[0]}/{place[1]}@{row.offset}"
-        if position > (rows[-1].offset + 2 if rows else 0) and position > _end(rows):
+        if position > evidence.ends[place]:
             yield "not committed", f"{place[0]}/{place[1]}: the offset is behind the end"
 
 

@@ -22,7 +22,7 @@ from streams.publish import route
 from tests.support.commands import PATIENCE_S, ago
 from tests.support.records import preference, raw, reply, sms_cdr, sms_request, voice_cdr
 
-WORD, NUMBER, ADDRESS, ID = "zq-canary", "141555501", "192.0.2.77", "zqid-"
+WORD, NUMBER, ADDRESS, ID = "zq-canary", "141555501", "192.0.2.77", "zqrecord-"
 """Marks: of every free text, number, network address and record id of these records."""
 PEOPLE = 90
 CHUNK = 30
@@ -39,10 +39,11 @@ class Outcome(StrEnum):
 
 
 class Sent(NamedTuple):
-    """A record (bytes: one that no worker can read), and what its gateway was told of it."""
+    """A record (bytes: one that no worker can read), what its gateway was told of it, and in which chunk it was."""
 
     record: dict | bytes
     outcome: Outcome
+    chunk: int
 
 
 def records(seed: int, *, name: str = "g", first_person: int = 0, people: int = PEOPLE) -> Iterator[dict | bytes]:
@@ -117,7 +118,8 @@ class Gateway:
         try:
             while not self._finished.is_set() and len(self.sent) < self._most:
                 chunk = [next(self._records) for _ in range(CHUNK)]
-                self.sent += [Sent(record, outcome) for outcome in [await self._append(log, chunk)] for record in chunk]
+                outcome = await self._append(log, chunk)
+                self.sent += [Sent(record, outcome, len(self.sent) // CHUNK) for record in chunk]
                 await asyncio.sleep(PAUSE_S)
         finally:
             await log.close()

@@ -74,7 +74,7 @@ def make_topics(cluster: Cluster, prefix: str, partitions: int, settings: dict[s
 def remove_topics(cluster: Cluster, prefix: str) -> None:
     """Delete every topic under a prefix, as far as there are any."""
     admin = AdminClient(cluster.client())
-    names = [name for name in admin.list_topics(timeout=10).topics if name.startswith(prefix)]
+    names = [name for name in admin.list_topics(timeout=30).topics if name.startswith(prefix)]
     for gone in admin.delete_topics(names).values() if names else ():
         with contextlib.suppress(KafkaException):
             gone.result()

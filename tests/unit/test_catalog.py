@@ -1,5 +1,6 @@
 """The table of streams, what it means on Kafka, and how that is told apart from what is there."""
 
+import re
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -28,6 +29,7 @@ from streams.log.provision import (
 )
 
 KAFKA = Kafka(("127.0.0.1:9092",), "admin", Path("admin.password"), None, "eu.", 3, 2, 20, 10_000)
+PAGE = (Path(__file__).parents[2] / "docs" / "kafka.md").read_text(encoding="utf-8")
 ROWS = list(CATALOG.values())
 DEFAULT = packs_available()["default"]
 SEALED = [row for row in ROWS if row.domain is not None]
@@ -368,3 +370,34 @@ def test_rights_of_ours_that_are_too_many_go_and_those_of_others_are_shown(acl, 
     found = as_wanted(wanted())
     shown = differences(wanted(), found._replace(acls=found.acls | {acl}))
     assert [one.action for one in shown] == ([] if action is None else [action])
+
+
+# --- the operator's page ------------------------------------------------------------------------------------
+
+
+def named(cell):
+    """Return the streams that a cell of the page names."""
+    names = {name for name in re.findall(r"`([a-z.]+)`", cell) if name in CATALOG}
+    return set(CATALOG) - names if cell.strip().startswith("all but") else names
+
+
+def test_the_page_about_kafka_has_the_rights_of_every_role():
+    rows = [line.split("|")[1:5] for line in PAGE.splitlines() if line.startswith("| `") and line.count("|") == 6]
+    told = {
+        role: (reads, writes, groups) for who, reads, writes, groups in rows for role in re.findall(r"`(\w+)`", who)
+    }
+    assert set(told) == set(ROLES)
+    for role, (reads, writes, groups) in told.items():
+        assert named(reads) == {row.name for row in ROWS if role in (*row.readers, *row.followers)}, role
+        assert named(writes) == {row.name for row in ROWS if role in row.writers}, role
+        publishes = any(role in CATALOG[name].writers for name in INPUTS)
+        assert ("`publish.…`" in groups) == publishes, role
+
+
+def test_the_page_about_kafka_has_the_retention_that_topics_get():
+    policy = POLICIES["default"]
+    minutes = retention_ms(CATALOG[TRAFFIC], policy) // 60_000
+    assert PAGE.count(f"{minutes // 60} h {minutes % 60} min") == 3
+    for name in ("cdr.pii", "cdr.anonymous", "verdicts", "quarantine", "review", "billing.deltas"):
+        row = next(line for line in PAGE.splitlines() if re.match(rf"\| .*`{name}`.* \| (when|midnight|hour)", line))
+        assert f"{retention_ms(CATALOG[name], policy) // DAY_MS} days" in row, name
