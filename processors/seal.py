@@ -110,6 +110,7 @@ class Way(NamedTuple):
     before_box: bytes
     after_box: bytes  # up to the sid
     after_sid: bytes
+    around: Callable[[bytes], tuple[bytes, bytes]]  # an envelope's own head → its `aad_middle` and `before_box`
     write: Callable[[Message], None]
 
 
@@ -130,17 +131,17 @@ class Sealer:
 
     def way(self, template: Template, write: Callable[[Message], None]) -> Way:
         """Return how one-part values of a template are sealed: as by `several`, with all that is constant rendered."""
+        key_frame, tail = self._key_frame, template.tail
         part = part_head(template.group, str(self._epoch.id))
-        aad_start = aad_head(self._stream, self._epoch.id.owner, self._account, template.group) + _SEAL_ID_SIZE
-        after_sid = b'"}' + template.tail
-        middle, before_box = self.around(template, template.head)
-        return Way(self, self._ciphers, aad_start, middle, before_box, b'",' + part[1:], after_sid, write)
+        fixed_size = len(part) + _SID_CHARS + len(b'"}') + len(tail)
 
-    def around(self, template: Template, head: bytes) -> tuple[bytes, bytes]:
-        """Return what stands before the sid in the AAD, and before the box in the value, for a head of the envelope."""
-        part = part_head(template.group, str(self._epoch.id))
-        size = len(head) + len(part) + _SID_CHARS + len(b'"}') + len(template.tail)
-        return b"".join((self._key_frame, size.to_bytes(4, "big"), head, part)), head + b'{"box":"'
+        def around(head: bytes) -> tuple[bytes, bytes]:
+            size = (len(head) + fixed_size).to_bytes(4, "big")
+            return b"".join((key_frame, size, head, part)), head + b'{"box":"'
+
+        aad_start = aad_head(self._stream, self._epoch.id.owner, self._account, template.group) + _SEAL_ID_SIZE
+        after_box, after_sid = b'",' + part[1:], b'"}' + tail
+        return Way(self, self._ciphers, aad_start, *around(template.head), after_box, after_sid, around, write)
 
     def several(
         self,
@@ -200,11 +201,11 @@ def seal_each(
             way = ways[template] = way_of(template)
         if way is None:
             continue
-        sealer, ciphers, aad_start, aad_middle, before_box, after_box, after_sid, write = way
+        sealer, ciphers, aad_start, aad_middle, before_box, after_box, after_sid, around, write = way
         plaintext, head = job.plaintext, job.head
         if job.own is None and job.person is not None:
             if head is not None:
-                aad_middle, before_box = sealer.around(template, head)
+                aad_middle, before_box = around(head)
             text, secret = persons[job.person]
             cipher = ciphers.get(text) or sealer.derive(text, secret)
             sid = text.encode()

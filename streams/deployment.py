@@ -1,10 +1,13 @@
 """Opens the parts of a configured deployment: log, key store, pipeline, registries, and who is asking."""
 
+import fcntl
+import hashlib
+import itertools
 import os
 import socket
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 from processors.pipeline import Pipeline
 from processors.plan import Planner
@@ -94,6 +97,28 @@ class Deployment:
         """Return the library that opens sealed records, for the user this process runs as."""
         who = principal(self.config.roles_path, self.config.keys_path)
         return Revealer(self.log, self.store, self.planner, who)
+
+
+@contextmanager
+def worker_slot(config: Config) -> Iterator[str]:
+    """Yield a name for a worker of this machine that no other process alive has: the first one that is free.
+
+    A worker that was killed and is started again has the same name, and gets its partitions back at once.
+    """
+    folder = config.folder.resolve()
+    for number in itertools.count():
+        slot = os.open(folder / f"worker-{number}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(slot, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(slot)
+            continue
+        try:
+            where = hashlib.sha256(os.fsencode(folder)).hexdigest()[:8]
+            yield f"{socket.gethostname()}-{where}-{number}"
+        finally:
+            os.close(slot)
+        return
 
 
 def process_id() -> str:

@@ -531,7 +531,7 @@ class _Brokers:
                         f"the brokers' TLS certificate is not accepted: {why}; check ca_file", log=server
                     )
         return LogBusy(
-            "no broker answers: are they running, is the address right, and do they speak TLS or plaintext as configured?",
+            "no broker answers: are they running, is the address right, and do they speak TLS or plaintext as you do?",
             log=",".join(self._kafka.servers),
         )
 

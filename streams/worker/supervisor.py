@@ -19,7 +19,7 @@ from typing import Protocol, runtime_checkable
 from processors.pipeline import Outcome
 from schemas.errors import Action, Fatal, StreamveilError, action_for
 from streams.config import Config
-from streams.deployment import Deployment, process_id
+from streams.deployment import Deployment, worker_slot
 from streams.keys.store import Kms
 from streams.watch.watch import FOLDER_VARIABLE, Watch, Watched
 from streams.worker.selftest import selftest
@@ -77,10 +77,11 @@ async def _opened(
         registries = deployment.registries()
         selftest(config.policy, registries, int(time.time()))
         cache, lease = deployment.keys()
+        worker_id = opened.enter_context(worker_slot(config))
         await parts.enter_async_context(opened.pop_all())
     return Worker(
         deployment.log,
-        deployment.log.consumer(process_id()),
+        deployment.log.consumer(worker_id),
         deployment.pipeline,
         cache,
         lease,

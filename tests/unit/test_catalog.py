@@ -358,6 +358,7 @@ def test_partitions_and_replicas_stay_as_they_were_made(changes, setting):
         (Acl("User:eu.worker", "READ", "TOPIC", "eu.traffic", permission="DENY"), Action.LEAVE),
         (Acl("User:eu.worker", "ALTER", "BROKER", "kafka-cluster"), Action.LEAVE),
         (Acl("User:eu.billing", "READ", "TOPIC", "*"), Action.LEAVE),
+        (Acl("User:eu.billing", "READ", "TOPIC", "us.traffic"), Action.LEAVE),
         (Acl("User:mallory", "READ", "TOPIC", "eu.traffic"), Action.LEAVE),
         (Acl("User:mallory", "READ", "TOPIC", "*"), Action.LEAVE),
         (Acl("User:mallory", "READ", "TOPIC", "e", "PREFIXED"), Action.LEAVE),
