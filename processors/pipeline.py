@@ -63,8 +63,13 @@ class Inbox(NamedTuple):
 
     stream: str
     partition: int
-    offset: int
+    offset: int  # of the first
     values: Sequence[bytes]
+    offsets: Sequence[int] | None = None  # of each, if they do not just follow the first
+
+    def place_of(self, index: int) -> int:
+        """Return the offset of a value."""
+        return self.offset + index if self.offsets is None else self.offsets[index]
 
     def __repr__(self) -> str:
         return f"Inbox({self.stream}/{self.partition}@{self.offset})"
@@ -436,7 +441,7 @@ class _Completion:
         for index, reason in self.prepared.quarantined:
             template = self.planner.output("quarantine", UNKNOWN_ACCOUNT, self.prepared.now_s)
             envelope = template.envelope(
-                reason=reason, stream=inbox.stream, partition=inbox.partition, offset=inbox.offset + index
+                reason=reason, stream=inbox.stream, partition=inbox.partition, offset=inbox.place_of(index)
             )
             value = self._alive(template).several(*envelope, (("record", None, inbox.values[index]),))
             self.messages["quarantine"].append(Message(self.now_ms, None, template.headers, value))

@@ -42,7 +42,7 @@ class Domain(StrEnum):
 
 
 class Stream(NamedTuple):
-    """One row: what it holds, partition rule, key domain, rule of its life (`max_hours` or a data class), who uses it."""
+    """One row: what it holds, partition rule, key domain, rule of its life (hours or a data class), who uses it."""
 
     name: str
     holds: str

@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 
 from processors.pipeline import Pipeline
 from processors.plan import Planner
@@ -24,6 +25,7 @@ from streams.log.kafka import KafkaLog
 from streams.log.protocol import Log
 from streams.log.sqlite import SqliteLog
 from streams.state.registries import Registries
+from streams.watch.watch import denied
 
 BUSY_S = 10.0
 """How long a call waits for another process that holds the log or the key store."""
@@ -96,7 +98,7 @@ class Deployment:
     def revealer(self) -> Revealer:
         """Return the library that opens sealed records, for the user this process runs as."""
         who = principal(self.config.roles_path, self.config.keys_path)
-        return Revealer(self.log, self.store, self.planner, who)
+        return Revealer(self.log, self.store, self.planner, who, on_denied=partial(denied, self.config.watch_path))
 
 
 @contextmanager

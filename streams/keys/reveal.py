@@ -7,6 +7,7 @@ corrupt are decided by tombstones and the clock, never by a failed tag.
 import binascii
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -71,12 +72,15 @@ class Revealer:
         planner: Planner,
         principal: Principal,
         clock: Callable[[], float] = time.time,
+        on_denied: Callable[[Mapping[str, int]], None] = lambda _: None,
     ) -> None:
+        """Take what to open with, and whom to tell how many messages were denied, by reason."""
         self._log = log
         self._store = store
         self._planner = planner
         self._principal = principal
         self._clock = clock
+        self._on_denied = on_denied
         self._tail = SuppressionTail(log)
         token_key = store.token_key()
         self._tokens = Tokens(token_key.version, token_key.key)
@@ -118,6 +122,7 @@ class Revealer:
         granted: dict[tuple[str, str], bool] = {}
         for stream in dict.fromkeys(message.stream for message in messages):
             if not self._principal.may_open(stream, None):
+                self._on_denied({"not_granted": 1})
                 raise RevealDenied(
                     "this principal may not open this stream; ask for a grant in the roles file", stream=stream
                 )
@@ -157,6 +162,7 @@ class Revealer:
                         result = Revealed(State.DENIED, {}, (), why.reason)
                         refusals.setdefault(message.partition, []).append(self._second_verdict(sealed, why, now_s))
             results.append(result)
+        self._on_denied(Counter(one.reason for one in results if one.reason is not None))
         return results, refusals
 
     def _forbidden(self, sealed: Sealed, fields: Mapping[str, Any], now_s: int) -> Verdict | None:

@@ -200,13 +200,9 @@ class _OffsetFetch(Request[_OffsetFetchStruct]):  # type: ignore[misc]
 
     API_KEY = 9
 
-    def __init__(self, group: str, topics: dict[str, list[int]]) -> None:
-        self._fields: tuple[object, ...] = (
-            group,
-            [(topic, partitions, {}) for topic, partitions in topics.items()],
-            True,
-            {},
-        )
+    def __init__(self, group: str, topics: dict[str, list[int]], *, stable: bool) -> None:
+        asked: list[object] = [(topic, partitions, {}) for topic, partitions in topics.items()]
+        self._fields: tuple[object, ...] = (group, asked, stable, {})
 
     def build(self, struct: type[_OffsetFetchStruct]) -> _OffsetFetchStruct:
         return struct(*self._fields)
@@ -385,16 +381,17 @@ class Connection:
         await asyncio.gather(*[ask(node, mine) for node, mine in (await self.leaders(places)).items()])
         return found
 
-    @patient
-    async def committed(self, group: str, places: Sequence[Place]) -> dict[Place, tuple[int, str]]:
+    async def committed(
+        self, group: str, places: Sequence[Place], *, stable: bool = True
+    ) -> dict[Place, tuple[int, str]]:
         """Return the offset and its note that a group committed, per place; -1 where it never did.
 
-        Raises LogBusy while a transaction is open that may move one of them.
+        Raises LogBusy while a transaction is open that may move one of them, but if `stable` is off.
         """
         topics: dict[str, list[int]] = {}
         for place in places:
             topics.setdefault(place.topic, []).append(place.partition)
-        answer = await self.ask_coordinator(CoordinationType.GROUP, group, _OffsetFetch(group, topics))
+        answer = await self.ask_coordinator(CoordinationType.GROUP, group, _OffsetFetch(group, topics, stable=stable))
         if answer.error_code in MOVED:
             self.moved(CoordinationType.GROUP, group)
         found = {}

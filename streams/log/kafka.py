@@ -28,7 +28,7 @@ from aiokafka.protocol.group import LeaveGroupRequest
 from schemas.catalog import CATALOG, INPUTS
 from schemas.errors import Fenced, LogBusy, LogUnusable, Retriable
 from streams.config import Kafka
-from streams.log.connection import EARLIEST, LATEST, Connection, Fetched, OffsetGone, Place, refusal
+from streams.log.connection import EARLIEST, LATEST, Connection, Fetched, OffsetGone, Place, patient, refusal
 from streams.log.fencing import Offsets, Writer
 from streams.log.protocol import Batch, Bookmark, Message, Output, Stored
 
@@ -42,6 +42,8 @@ _STUCK_S: Final = 300.0
 _JOIN_TIMEOUT_MS: Final = int(2 * _REBALANCE_S * 1000)
 _LEAVE_S: Final = 3.0
 _LOOK_S: Final = 0.005
+_MARKS: Final = 100
+"""More than so many offsets behind is lag, whether or not they are messages."""
 
 
 class KafkaLog:
@@ -128,7 +130,7 @@ class KafkaLog:
         """
         writer_id, place = self._publish_id(name), await self._bookmark_place()
         try:
-            found = await self.connection.committed(writer_id, [place])
+            found = await patient(self.connection.committed)(writer_id, [place])
         except LogBusy:
             async with self._writing:
                 await self._writers.setdefault(writer_id, Writer(self.connection, writer_id)).fence()
@@ -148,11 +150,13 @@ class KafkaLog:
         """
         place = Place(await self.topic(stream), partition)
         taken: list[Stored] = []
+        written = None  # up to here, when this was called
         deadline_s = time.monotonic() + UNDECIDED_S
         while len(taken) < limit:
             found = await self._page(place, offset)
+            written = found.high_watermark if written is None else written
             if found.next_offset == offset:
-                if taken or found.last_stable >= found.high_watermark or time.monotonic() > deadline_s:
+                if found.last_stable >= written or time.monotonic() > deadline_s:
                     break
                 await asyncio.sleep(_LOOK_S)
                 continue
@@ -309,7 +313,7 @@ class KafkaConsumer:
             Writer(self._connection, f"{self.group}.{self._streams[place.topic]}.{place.partition}") for place in new
         ]
         await asyncio.gather(*[writer.fence() for writer in writers])
-        committed = await self._connection.committed(self.group, new)
+        committed = await patient(self._connection.committed)(self.group, new)
         begins = {topic: await self._connection.offsets(topic, EARLIEST) for topic in {place.topic for place in new}}
         for place, writer in zip(new, writers, strict=True):
             if place in self._held:  # it may have been taken away meanwhile
@@ -404,17 +408,43 @@ class KafkaConsumer:
         self._outstanding = None
         self._quiet.set()
 
+    async def committed_offsets(self, stream: str) -> list[int]:
+        """Return the next offset to be committed of an input stream, per partition, by whichever worker.
+
+        Where nothing but marks of transactions is left, that is the end.
+        """
+        return await self._committed(stream, await self._log.end_offsets(stream), stable=False)
+
+    async def _committed(self, stream: str, ends: list[int], *, stable: bool) -> list[int]:
+        topic = await self._log.topic(stream)
+        places = [Place(topic, partition) for partition in range(self._log.partitions)]
+        committed = await self._connection.committed(self.group, places, stable=stable)
+        begins = await self._log.begin_offsets(stream)
+        found = [max(begin, committed[place][0]) for begin, place in zip(begins, places, strict=True)]
+        for place, end in zip(places, ends, strict=True):
+            offset = found[place.partition]
+            if 0 < end - offset <= _MARKS and await self._nothing_before(place, offset, end):
+                found[place.partition] = end
+        return found
+
     async def at_end(self) -> bool:
-        """Return whether everything written to the input streams so far is committed, by whichever worker."""
+        """Return whether everything written to the input streams so far is committed, by whichever worker.
+
+        What is decided shows a moment after: waits for it up to `UNDECIDED_S`.
+        """
+        deadline_s = time.monotonic() + UNDECIDED_S
         for stream in INPUTS:
-            topic = await self._log.topic(stream)
-            ends, begins = await self._log.end_offsets(stream), await self._log.begin_offsets(stream)
-            places = [Place(topic, partition) for partition in range(self._log.partitions)]
-            committed = await self._connection.committed(self.group, places)
-            for place, end, begin in zip(places, ends, begins, strict=True):
-                offset = max(begin, committed[place][0])
-                if offset < end and not await self._nothing_before(place, offset, end):
-                    return False
+            ends = await self._log.end_offsets(stream)
+            while True:
+                try:
+                    committed = await self._committed(stream, ends, stable=True)
+                    break
+                except LogBusy:
+                    if time.monotonic() > deadline_s:
+                        return False
+                await asyncio.sleep(_LOOK_S)
+            if any(offset < end for offset, end in zip(committed, ends, strict=True)):
+                return False
         return True
 
     async def _nothing_before(self, place: Place, offset: int, end: int) -> bool:

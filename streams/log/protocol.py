@@ -98,6 +98,9 @@ class Consumer(Protocol):
         Raises Fenced when the lease was lost or the batch is not the next one.
         """
 
+    async def committed_offsets(self, stream: str) -> list[int]:
+        """Return the next offset to be committed of an input stream, per partition, by whichever worker."""
+
     async def at_end(self) -> bool:
         """Return whether everything written to the input streams so far is committed, by whichever worker."""
 

@@ -603,11 +603,14 @@ class SqliteConsumer:
         if self._outstanding == batch.partition:
             self._outstanding = None
 
+    async def committed_offsets(self, stream: str) -> list[int]:
+        """Return the next offset to be committed of an input stream, per partition, by whichever worker."""
+        return self._main.offsets("committed", stream, self._log.partitions)
+
     async def at_end(self) -> bool:
         """Return whether everything written to the input streams so far is committed, by whichever worker."""
-        partitions = self._log.partitions
-        ends = [self._traffic.offsets("ends", stream, partitions) for stream in INPUTS]
-        return ends == [self._main.offsets("committed", stream, partitions) for stream in INPUTS]
+        ends = [self._traffic.offsets("ends", stream, self._log.partitions) for stream in INPUTS]
+        return ends == [await self.committed_offsets(stream) for stream in INPUTS]
 
     async def forget_consumed(self) -> int:
         """Delete clear input that is committed, so that no file holds it; return the number of messages.

@@ -1,21 +1,11 @@
 """What waits in the input streams: records not committed yet, by whichever worker, and when the oldest arrived."""
 
-from typing import Protocol, runtime_checkable
-
 from schemas.catalog import INPUTS
-from streams.log.protocol import Batch, Consumer, Log
+from streams.log.protocol import Consumer, Log
 
 READS = 16
 """How many messages are read at most in one look, for their arrival. Where there are more partitions, an arrival that
 was read earlier stands in: it is older, so the age errs on the high side."""
-
-
-@runtime_checkable
-class Committed(Protocol):
-    """A consumer that can say how far an input stream is committed."""
-
-    async def committed_offsets(self, stream: str) -> list[int]:
-        """Return the next offset to be committed, per partition, by whichever worker."""
 
 
 class Unread:
@@ -24,22 +14,18 @@ class Unread:
     def __init__(self, log: Log, consumer: Consumer) -> None:
         self._log = log
         self._consumer = consumer
-        self._own: dict[tuple[str, int], int] = {}  # place → next offset, as committed here
         self._arrivals: dict[tuple[str, int], tuple[int, float]] = {}  # place → offset, Unix s
         self._turn = 0
-
-    def committed(self, batch: Batch) -> None:
-        """Take note of a batch that was committed."""
-        self._own[batch.stream, batch.partition] = batch.next_offset
 
     async def look(self) -> dict[str, tuple[list[int], float | None]]:
         """Return stream → records not committed per partition, and the arrival (Unix s) of the oldest, if any.
 
         Blocks on the log. Raises what it raises.
         """
-        if await self._consumer.at_end():
-            return {stream: ([0] * self._log.partitions, None) for stream in INPUTS}
-        found = {stream: (await self._committed(stream), await self._log.end_offsets(stream)) for stream in INPUTS}
+        found = {
+            stream: (await self._consumer.committed_offsets(stream), await self._log.end_offsets(stream))
+            for stream in INPUTS
+        }
         lags = {
             stream: [max(0, end - offset) for offset, end in zip(*offsets, strict=True)]
             for stream, offsets in found.items()
@@ -56,17 +42,6 @@ class Unread:
             for stream in INPUTS
         }
         return {stream: (lags[stream], oldest[stream]) for stream in INPUTS}
-
-    async def _committed(self, stream: str) -> list[int]:
-        """Return the next offset to be committed, per partition.
-
-        Where the consumer cannot say, it is the first one that was not deleted, or the one that was committed here:
-        workers delete what is committed every few seconds.
-        """
-        if isinstance(self._consumer, Committed):
-            return await self._consumer.committed_offsets(stream)
-        begins = await self._log.begin_offsets(stream)
-        return [max(begin, self._own.get((stream, at), 0)) for at, begin in enumerate(begins)]
 
     async def _arrived(self, waiting: dict[tuple[str, int], int]) -> None:
         """Bring the arrivals of what waits up to date: `READS` of them, unknown ones first, the others in turns."""

@@ -142,7 +142,8 @@ class Worker:
     async def _process(self, batch: Batch) -> None:
         self._registries.refresh(time.monotonic())
         now_s = int(time.time())
-        inbox = Inbox(batch.stream, batch.partition, batch.offset, [message.value for message in batch.messages])
+        values = [message.value for message in batch.messages]
+        inbox = Inbox(batch.stream, batch.partition, batch.offset, values, batch.offsets)
         began_s = time.perf_counter()
         prepared = self._pipeline.prepare(inbox, self._tail.view, self._registries, now_s)
         prepared_s = time.perf_counter()
@@ -163,7 +164,6 @@ class Worker:
         self._tail.view.merge(prepared.overlay)
         outcomes = Counter(prepared.outcomes)
         self.outcomes.update(outcomes)
-        self._unread.committed(batch)
         asked = (len(prepared.needs.epochs), len(prepared.needs.persons))
         self._watch.committed(Work(batch, outputs, outcomes, stages_s, asked, missed))
         if self._on_batch is not None:

@@ -107,7 +107,8 @@ class KafkaLogs:
 def kafka_logs(request: pytest.FixtureRequest) -> Logs:
     """Return the log on the broker that all tests share, with topics that take whatever the contract writes."""
     settings = request.getfixturevalue("kafka")
-    make_topics(request.getfixturevalue("broker"), settings.prefix, 4, {"message.timestamp.after.max.ms": str(2**62), "retention.ms": "-1"})
+    unbounded = {"message.timestamp.after.max.ms": str(2**62), "retention.ms": "-1"}
+    make_topics(request.getfixturevalue("broker"), settings.prefix, 4, unbounded)
     return KafkaLogs(settings)
 
 

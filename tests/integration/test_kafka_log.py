@@ -12,7 +12,7 @@ from confluent_kafka.admin import AdminClient
 from deploy.kafka.broker import Authority
 from schemas.errors import Fenced, KeysChanged, LogBusy, LogUnusable
 from streams.config import Kafka
-from streams.log.connection import Connection, Place, tls_context
+from streams.log.connection import Connection, Place, patient, tls_context
 from streams.log.fencing import Offsets, Writer
 from streams.log.kafka import KafkaLog
 from streams.log.protocol import Bookmark, Message, Output
@@ -165,7 +165,7 @@ async def test_offsets_that_an_open_transaction_may_move_are_not_told(opened, to
         await log.connection.committed(group, [place])
     await writer._end(commit=True)
 
-    assert await log.connection.committed(group, [place]) == {place: (5, "")}
+    assert await patient(log.connection.committed)(group, [place]) == {place: (5, "")}
 
 
 # --- opt-outs ----------------------------------------------------------------------------------------------------

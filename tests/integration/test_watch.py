@@ -339,7 +339,6 @@ def test_what_waits_is_known_by_partition_with_the_arrival_of_the_oldest(place):
         # When this worker commits / Then it knows at once
         batches = [await consumers[0].poll(2, 0) for _ in range(1)]
         await consumers[0].commit(batches[0], [], lambda: None)
-        unread.committed(batches[0])
         assert await unread.look() == {"traffic": ([1, 1], 991.0), "traffic.cdr": ([0, 2], 993.0)}
         # When all but one is committed elsewhere, and deleted / Then it is known too
         await consumers[0].close()
@@ -357,7 +356,7 @@ def test_what_waits_is_known_by_partition_with_the_arrival_of_the_oldest(place):
     asyncio.run(looked())
 
 
-def test_a_consumer_that_can_say_what_is_committed_is_asked_and_reads_are_bounded():
+def test_reads_for_the_age_of_what_waits_are_bounded():
     class Log:
         partitions = 40
         reads = 0
@@ -371,9 +370,6 @@ def test_a_consumer_that_can_say_what_is_committed_is_asked_and_reads_are_bounde
 
     class Consumer:
         offset = 10
-
-        async def at_end(self):
-            return False
 
         async def committed_offsets(self, stream):
             return [self.offset if stream == "traffic" else 100] * 40

@@ -1,4 +1,4 @@
-"""The writer of a transaction against a coordinator that answers what it is told: what a real one does not on demand."""
+"""The writer of a transaction against brokers that answer as they are told: what real ones do not on demand."""
 
 import asyncio
 from collections import Counter
@@ -44,10 +44,10 @@ class Brokers:
     def will(self, request, *answers):
         self.told[request] = list(answers)
 
-    async def ask_coordinator(self, kind, key, request):
+    async def ask_coordinator(self, _kind, _key, request):
         return self._answer(request)
 
-    async def ask(self, node, request, group=None):
+    async def ask(self, _node, request):
         return self._answer(request)
 
     async def leaders(self, places):
@@ -56,7 +56,7 @@ class Brokers:
     def stale(self):
         self.calls["stale"] += 1
 
-    def moved(self, kind, key):
+    def moved(self, _kind, _key):
         self.calls["moved"] += 1
 
     def _answer(self, request):
@@ -247,7 +247,7 @@ def test_records_that_the_broker_has_already_are_not_an_error():
 
 @pytest.mark.parametrize(
     ("code", "error"),
-    [(29, LogUnusable), (53, LogUnusable), (Code.MESSAGE_TOO_LARGE, LogUnusable), (Code.INVALID_TIMESTAMP, LogUnusable)],
+    [(code, LogUnusable) for code in (29, 53, Code.MESSAGE_TOO_LARGE, Code.INVALID_TIMESTAMP)],
 )
 def test_what_an_operator_must_mend_ends_the_transaction_at_once(code, error):
     brokers = Brokers()

@@ -738,3 +738,12 @@ def test_an_outcome_is_a_kind_an_end_and_a_code():
         assert found.kind in ("request", "cdr", "preference", "unreadable")
         assert found.reason is None or found.reason.replace("_", "").replace(":", "").isalpha()
     assert outcome(preference("opt_in")) == ("emit", "lifts_nothing")
+
+
+def test_a_quarantined_record_names_its_own_offset_where_offsets_have_gaps():
+    pipeline = Pipeline(Planner(policy_of()), TOKENS)
+    for offsets, found in ((None, [10, 11]), ([10, 17], [10, 17])):
+        prepared = pipeline.prepare(Inbox("traffic", 3, 10, [b"x", b"y"], offsets), Suppressions(), Lists(), NOW_S)
+        outputs = pipeline.complete(prepared, a_ring(prepared.needs), Entropy(bytes(32)), 4)
+        quarantined = [orjson.loads(one.value) for output in outputs for one in output.messages]
+        assert [one["offset"] for one in quarantined] == found
