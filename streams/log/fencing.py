@@ -148,7 +148,7 @@ class Writer:
             writing = []
         await _all(writing)
 
-    def _packed(self, place: Place, messages: Sequence[Message]) -> Iterator[bytes]:
+    def _packed(self, place: Place, messages: Sequence[Message]) -> Iterator[bytearray]:
         """Yield record batches of up to `BATCH_BYTES` with their sequence numbers. About 0.8 µs a message."""
         lists: dict[int, list[tuple[str, bytes]]] = {}  # aiokafka wants headers in lists; few objects repeat
         start = 0
@@ -170,9 +170,9 @@ class Writer:
                 count += 1
             start += count
             self._sequences[place] = (sequence + count) % _SEQUENCES
-            yield bytes(builder.build())
+            yield builder.build()
 
-    async def _produce(self, pieces: dict[Place, bytes]) -> None:
+    async def _produce(self, pieces: dict[Place, bytearray]) -> None:
         """Write one record batch to each place; repeated until each is acknowledged by all replicas in sync."""
         left = pieces
         for pause_s in _pauses(self._deadline_s):
@@ -193,8 +193,8 @@ class Writer:
         place = next(iter(left))
         raise LogBusy("the brokers take no records now", topic=place.topic, partition=place.partition)
 
-    async def _produced(self, node: int, pieces: dict[Place, bytes]) -> list[Place]:
-        topics: dict[str, list[tuple[int, bytes]]] = {}
+    async def _produced(self, node: int, pieces: dict[Place, bytearray]) -> list[Place]:
+        topics: dict[str, list[tuple[int, bytearray]]] = {}
         for place, piece in pieces.items():
             topics.setdefault(place.topic, []).append((place.partition, piece))
         request = ProduceRequest(self._id, -1, self._left_ms(), list(topics.items()))

@@ -6,7 +6,8 @@ Rules of this file:
 - Partition p of both input streams goes to the same worker. A batch under way keeps its partitions for a while when
   they are asked for (`HANDOVER_S`), so that joining and leaving workers make nobody's work void.
 - A write whose outcome is not known is not guessed: the writer is not used again, and the next fence settles it.
-- Bookmarks of publishing are offsets of a consumer group of their own, written in the transaction of their records.
+- Bookmarks of publishing are offsets of a consumer group of their own, written in the transaction of their records;
+  offsets of a stream that whoever publishes may read (`BOOKMARKED`), which the brokers demand.
 - Consumed input stays until `retention.ms` of its topic: `forget_consumed` has nothing to do.
 """
 
@@ -25,7 +26,7 @@ from aiokafka.coordinator.assignors.range import RangePartitionAssignor
 from aiokafka.errors import KafkaError
 from aiokafka.protocol.group import LeaveGroupRequest
 
-from schemas.catalog import CATALOG, INPUTS
+from schemas.catalog import BOOKMARKED, CATALOG, INPUTS
 from schemas.errors import Fenced, LogBusy, LogUnusable, Retriable
 from streams.config import Kafka
 from streams.log.connection import EARLIEST, LATEST, Connection, Fetched, OffsetGone, Place, patient, refusal
@@ -117,7 +118,7 @@ class KafkaLog:
         return f"{self.settings.prefix}publish.{name}"
 
     async def _bookmark_place(self) -> Place:
-        return Place(await self.topic(INPUTS[0]), 0)
+        return Place(await self.topic(BOOKMARKED), 0)
 
     async def _bookmark_offsets(self, name: str, mark: Bookmark | None) -> Offsets:
         position = (0, "") if mark is None else (mark.position, f"{mark.line} {mark.digest}")

@@ -99,7 +99,7 @@ class Brokers:
 
 def unpacked(data):
     """Return sequence number, producer, epoch and value of each record."""
-    pages = MemoryRecords(data)
+    pages = MemoryRecords(bytes(data))
     while pages.has_next():
         page = pages.next_batch()
         assert page.validate_crc()
