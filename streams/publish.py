@@ -35,8 +35,8 @@ STDIN: Final = "-"
 CHUNK_RECORDS: Final = 2000
 CHUNK_BYTES: Final = 8_000_000
 """A chunk is appended when either is reached."""
-MAX_LINE_BYTES: Final = 16_000_000
-"""A longer line is published in pieces, each of them unreadable."""
+MAX_LINE_BYTES: Final = 4_000_000
+"""A longer line is published in pieces, each of them unreadable; so no log needs to take more."""
 _READ_BYTES: Final = 1 << 18
 _KINDS = ("request", "cdr", "preference")
 

@@ -6,6 +6,8 @@ import sys
 from collections import Counter
 
 from processors.pipeline import Outcome
+from schemas.errors import Fenced
+from streams.cli.common import say
 from streams.config import load
 
 
@@ -18,11 +20,17 @@ def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
 
 
 def _run(args: argparse.Namespace) -> int:
-    from streams.worker.supervisor import is_watched, run_many, run_one
+    from streams.worker.supervisor import FENCED_STATUS, is_supervised, is_watched, run_many, run_one
 
     config = load(args)
     if args.workers == 1 and (config.watch is None or is_watched(config)):
-        _say(asyncio.run(run_one(config, until_idle=args.until_idle)))
+        try:
+            _say(asyncio.run(run_one(config, until_idle=args.until_idle)))
+        except Fenced as error:
+            if not is_supervised():
+                raise
+            say(f"streamveil: {error}")
+            return FENCED_STATUS
     else:
         same = ["--config", args.config] + (["--log", args.log] if args.log else [])
         asyncio.run(run_many(config, args.workers, same, until_idle=args.until_idle))

@@ -11,7 +11,7 @@ import sys
 import time
 from asyncio.subprocess import Process
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -28,6 +28,9 @@ from streams.worker.worker import Worker
 _TELL_EVERY_S = 5.0
 _REOPEN_S = 1.0
 _STOPS = (signal.SIGTERM, signal.SIGINT)
+FENCED_STATUS = 75
+"""How a child ends that was fenced: its place is to be taken."""
+_SUPERVISED = "STREAMVEIL_SUPERVISED"
 _STOPPED = (-signal.SIGTERM, -signal.SIGINT, 130)
 """How a child ends that was stopped before it could listen."""
 
@@ -129,36 +132,57 @@ def _served(config: Config, count: int) -> Iterator[Watched]:
 
 
 async def run_many(config: Config, count: int, config_args: list[str], *, until_idle: bool) -> None:
-    """Run `count` workers as child processes; SIGTERM and SIGINT go to all. Raises Fatal if one of them fails."""
+    """Run `count` workers as child processes; SIGTERM and SIGINT go to all.
+
+    One that was fenced or killed is replaced. Raises Fatal if one ends with another error, when all have ended.
+    """
     command = [sys.executable, "-m", "streams.cli", "run", "--workers", "1", *config_args]
     if until_idle:
         command.append("--until-idle")
     with _served(config, count) as watched:
         async with _stopped_by_signals() as stopping:
-            environment = {**os.environ, **watched.variables}
-            children = [await asyncio.create_subprocess_exec(*command, env=environment) for _ in range(count)]
-            stopper = asyncio.create_task(_stop_all(children, stopping))
-            failed = await asyncio.gather(*(_failed(child, stopping, watched) for child in children))
-            stopper.cancel()
+            environment = {**os.environ, **watched.variables, _SUPERVISED: "1"}
+
+            async def start() -> Process:
+                return await asyncio.create_subprocess_exec(*command, env=environment)
+
+            failed = await asyncio.gather(*(_kept(start, stopping, watched) for _ in range(count)))
     if any(failed):
         raise Fatal("a worker ended with an error and the others were stopped; see its line above")
 
 
-async def _stop_all(children: list[Process], stopping: asyncio.Event) -> None:
-    await stopping.wait()
-    for child in children:
+async def _kept(start: Callable[[], Awaitable[Process]], stopping: asyncio.Event, watched: Watched) -> bool:
+    """Keep one worker running, and return whether it failed; then all others are stopped."""
+    while True:
+        child = await start()
+        status = await _ended(child, stopping)
+        watched.ended(child.pid)
+        if status == 0 or (stopping.is_set() and status in _STOPPED):
+            return False
+        if stopping.is_set() or not (status == FENCED_STATUS or status < 0):
+            stopping.set()
+            return True
+        sys.stderr.write("streamveil: a worker was fenced or killed and is replaced\n")
+        with suppress(TimeoutError):
+            await asyncio.wait_for(stopping.wait(), _REOPEN_S)
+        if stopping.is_set():
+            return False
+
+
+async def _ended(child: Process, stopping: asyncio.Event) -> int:
+    """Wait for a child's end, tell it to stop when all are to, and return its status."""
+    ending, told = asyncio.create_task(child.wait()), asyncio.create_task(stopping.wait())
+    await asyncio.wait((ending, told), return_when=asyncio.FIRST_COMPLETED)
+    told.cancel()
+    if not ending.done():
         with suppress(ProcessLookupError):
             child.terminate()
+    return await ending
 
 
-async def _failed(child: Process, stopping: asyncio.Event, watched: Watched) -> bool:
-    """Wait for a child's end, and return whether it failed; then all others are stopped."""
-    status = await child.wait()
-    watched.ended(child.pid)
-    if status == 0 or (stopping.is_set() and status in _STOPPED):
-        return False
-    stopping.set()
-    return True
+def is_supervised() -> bool:
+    """Return whether this process is a worker that another one replaces if it is fenced."""
+    return _SUPERVISED in os.environ
 
 
 @asynccontextmanager

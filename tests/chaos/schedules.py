@@ -24,7 +24,7 @@ from confluent_kafka.admin import AdminClient
 
 from deploy.kafka.broker import Cluster
 from schemas.errors import Retriable
-from streams.log.connection import Connection
+from streams.log.connection import REQUEST_TIMEOUT_MS, Connection
 from tests.support.checker import Verdict, check, gather
 from tests.support.commands import PATIENCE_S, Place, eventually, is_stopped
 from tests.support.history import Gateway, Outcome, Sent, records
@@ -32,9 +32,8 @@ from tests.support.kafka import SETTINGS, config_file, settings
 from tests.support.proxy import Proxy
 
 PARTITIONS = 3
-LEASE_S = 2.0
-LONG_LEASE_S = 10.0
-TRANSACTION_MS = 4000
+SHORT, DEFAULT = (2.0, 4000), (10.0, 10_000)
+"""Seconds of a lease and milliseconds of a transaction: so that much happens in a short time, and as by default."""
 BATCH = 60
 MOST = 6000
 """Records a gateway publishes in one run; it stops earlier when the faults are over."""
@@ -84,6 +83,7 @@ POINTS = (
     ("KafkaConsumer", "commit", True),
     *COMMIT_POINTS,
 )
+CUT_POINTS = (("Writer", "_write_offsets", False), ("Writer", "_produce", False), ("Writer", "_end", False))
 GATEWAY_POINTS = (
     ("KafkaLog", "append", True),
     ("Writer", "_fill", False),
@@ -125,14 +125,15 @@ class Clusters:
 class Site(Place):
     """One deployment under a prefix of its own: its workers, which are kept running, and its gateway."""
 
-    def __init__(self, folder: Path, cluster: Cluster, seed: int, lease_s: float = LEASE_S) -> None:
+    def __init__(self, folder: Path, cluster: Cluster, seed: int, times: tuple[float, int]) -> None:
         self.cluster = cluster
+        lease_s, self._transaction_ms = times
         self.prefix = f"c{secrets.token_hex(5)}."
         super().__init__(folder, lease_s=lease_s, batch_records=BATCH, partitions=PARTITIONS)
         self.url = cluster.url
         self.seed = seed
         self.chance = random.Random(seed)
-        self.settings = settings(cluster, self.prefix, transaction_timeout_ms=TRANSACTION_MS)
+        self.settings = settings(cluster, self.prefix, transaction_timeout_ms=self._transaction_ms)
         self.workers: list[subprocess.Popen | None] = [None, None]
         self.ends: Counter[str] = Counter()
         """How workers ended: `killed`, `fenced`, `stopped`."""
@@ -140,13 +141,12 @@ class Site(Place):
         self._gateway: Gateway | None = None
         self._settled = False
         self._consumer = Consumer(cluster.client() | {"group.id": f"{self.prefix}workers"})
-        done = self.call("streams", "apply")
-        assert done.status == 0, done.err
+        eventually(lambda: self.call("streams", "apply").status == 0, "the streams")
 
     def configure(self, **options: object) -> None:
         """Write the configuration anew."""
         head = "".join(f"{name} = {value}\n" for name, value in {"data": '"data"', **options}.items())
-        tail = f"transaction_timeout_ms = {TRANSACTION_MS}\ncommit_every_ms = 10"
+        tail = f"transaction_timeout_ms = {self._transaction_ms}\ncommit_every_ms = 10"
         config_file(self.folder, self.cluster, self.prefix, head, tail)
 
     # --- its workers
@@ -395,12 +395,20 @@ async def _coordinator(site: Site, kind: int, key: str) -> int:
 
 
 def network_cut(site: Site) -> None:
-    """Nothing passes between workers and broker, for a moment and for longer than every time-out; it comes late."""
+    """Nothing passes between workers and broker, in the middle of a commit too; what was sent meanwhile comes late."""
     with _behind_proxy(site) as network:
-        for seconds in (0.5 + site.chance.random(), LEASE_S + TRANSACTION_MS / 1000 + site.chance.random()):
-            network.cut()
-            site.work(seconds)
-            network.heal()
+        for point in (None, *site.chance.sample(CUT_POINTS, 2)):
+            if point is None:
+                network.cut()
+            else:
+                site.kill(0)
+                worker = site.worker(0, struck(point, site.chance.randint(2, 5), signal.SIGSTOP))
+                eventually(lambda one=worker: is_stopped(one), "a worker in the middle of a commit")
+                network.cut()
+                worker.send_signal(signal.SIGCONT)
+            site.work(REQUEST_TIMEOUT_MS / 1000 + 0.3 + site.chance.random())
+            network.heal(late_s=0.4)
+            site.work(1)
             site.progress()
         site.settle()
 
@@ -432,7 +440,7 @@ def network_torn(site: Site) -> None:
 def _behind_proxy(site: Site) -> Iterator[Proxy]:
     """Have the workers reach the broker through a proxy; the gateway goes straight to it."""
     ports = site.cluster.ports[0]
-    with Proxy(ports.proxy, ports.behind_proxy) as network:
+    with Proxy(ports.proxy, ports.behind_proxy, site.chance) as network:
         site.url = f"kafka://127.0.0.1:{ports.proxy}"
         site.publishing()
         site.tend()
@@ -467,7 +475,7 @@ def keys_locked(site: Site) -> None:
     for _ in range(2):
         with closing(sqlite3.connect(site.data / "keys.db", isolation_level=None, timeout=30)) as other:
             other.execute("BEGIN EXCLUSIVE")
-            site.work(LEASE_S + 2 * site.chance.random())
+            site.work(SHORT[0] + 2 * site.chance.random())
             other.execute("ROLLBACK")
         site.progress()
     site.settle()
@@ -479,7 +487,7 @@ class Schedule(NamedTuple):
 
     run: Callable[[Site], None]
     nodes: int = 1
-    lease_s: float = LEASE_S
+    times: tuple[float, int] = SHORT
     own_disk: bool = False
 
 
@@ -490,11 +498,11 @@ SCHEDULES = {
         Schedule(killed_twice),
         Schedule(killed_in_commit),
         Schedule(zombie),
-        Schedule(handed_over, lease_s=LONG_LEASE_S),
+        Schedule(handed_over, times=DEFAULT),
         Schedule(broker_killed),
         Schedule(one_of_three_away, nodes=3),
         Schedule(coordinator_moved, nodes=3),
-        Schedule(network_cut),
+        Schedule(network_cut, times=DEFAULT),
         Schedule(network_slow),
         Schedule(network_torn),
         Schedule(disk_full, own_disk=True),
@@ -522,7 +530,7 @@ def execute(name: str, seed: int, clusters: Clusters, folder: Path) -> Result:
             cluster = stack.enter_context(broker)
         else:
             cluster = clusters.of(schedule.nodes)
-        site = stack.enter_context(closing(Site(folder, cluster, seed, schedule.lease_s)))
+        site = stack.enter_context(closing(Site(folder, cluster, seed, schedule.times)))
         schedule.run(site)
         site.settle()
         return Result(site.judge(), site.ends, time.monotonic() - began_s)

@@ -1,10 +1,11 @@
 """A network between clients and one server that can be cut, slow, or torn: every connection passes through `Proxy`.
 
-What was sent into a cut network is not gone: it arrives when the network is whole again, also if its sender has given
-up by then. So a server gets requests late that its client has repeated on another connection.
+What was sent into a cut network is not gone: it arrives when the network is whole again, or a moment later, also if its
+sender has given up by then. So a server gets requests late that its client has repeated on another connection.
 """
 
 import asyncio
+import random
 import socket
 import struct
 import threading
@@ -18,14 +19,15 @@ LOOPBACK = "127.0.0.1"
 class Proxy:
     """Passes on what comes in at a port of this machine to another one, in a thread of its own."""
 
-    def __init__(self, port: int, to: int) -> None:
+    def __init__(self, port: int, to: int, chance: random.Random) -> None:
         """Take the two ports; nothing listens before the context is entered."""
         self._port, self._to = port, to
+        self._chance = chance
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._server: asyncio.Server
         self._whole = asyncio.Event()
-        self._delay_s = 0.0
+        self._delay_s = self._late_s = 0.0
         self._pairs: set[tuple[asyncio.StreamWriter, asyncio.StreamWriter]] = set()
         self._tasks: set[asyncio.Task] = set()
         self.passed_bytes = 0
@@ -56,9 +58,9 @@ class Proxy:
         """Reset all connections, and return how many."""
         return self._within(self._tear())
 
-    def heal(self) -> None:
-        """Be a good network again; what was kept back arrives."""
-        self._delay_s = 0.0
+    def heal(self, late_s: float = 0.0) -> None:
+        """Be a good network again; what was kept back arrives, each connection's up to so much later."""
+        self._delay_s, self._late_s = 0.0, late_s
         self._loop.call_soon_threadsafe(self._whole.set)
 
     # --- inside
@@ -109,7 +111,9 @@ class Proxy:
         while data := await reader.read(65_536):
             if self._delay_s:
                 await asyncio.sleep(self._delay_s)
-            await self._whole.wait()
+            if not self._whole.is_set():
+                await self._whole.wait()
+                await asyncio.sleep(self._late_s * self._chance.random())
             writer.write(data)
             self.passed_bytes += len(data)
             await writer.drain()

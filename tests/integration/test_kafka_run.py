@@ -1,0 +1,181 @@
+"""The whole program on a real broker through the command line, under the streams that `streams apply` makes."""
+
+import asyncio
+import json
+import os
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from aiokafka import AIOKafkaConsumer
+
+from streams.config import load
+from streams.log.connection import Place, tls_context
+from streams.log.provision import apply
+from tests.support.commands import Place as Deployed
+from tests.support.commands import ago, eventually
+from tests.support.kafka import config_file
+from tests.support.records import raw, reply, sms_cdr, sms_request, voice_cdr
+
+HOUR_MS = 3_600_000
+
+
+class KafkaDeployed(Deployed):
+    """A deployment whose log is on the shared broker, under a prefix of its own."""
+
+    def __init__(self, folder: Path, broker, prefix: str) -> None:
+        super().__init__(folder)
+        self.broker, self.prefix = broker, prefix
+        self.data = folder / "streamveil-data"
+        self.url = broker.url
+        self.configured()
+        apply(self.loaded())
+
+    def configured(self, **top: object) -> None:
+        """Write the configuration anew; `top`: settings of its top level."""
+        head = "".join(f"{name} = {json.dumps(value)}\n" for name, value in {"lease_s": 3.0, **top}.items())
+        config_file(self.folder, self.broker, self.prefix, head)
+
+    def loaded(self):
+        return load(SimpleNamespace(config=str(self.config), log=None))
+
+
+@pytest.fixture
+def place(tmp_path, broker, prefix):
+    made = KafkaDeployed(tmp_path, broker, prefix)
+    yield made
+    made.close()
+
+
+def test_every_kind_of_record_comes_out_as_on_sqlite(place):
+    person = "+14155550101"
+    records = [
+        sms_request(record_id="q1", recipient=person, purpose="marketing", occurred_at=ago()),
+        sms_cdr(record_id="c1", recipient=person, content="words", occurred_at=ago()),
+        voice_cdr(record_id="v1", recipient=person, occurred_at=ago()),
+        reply("STOP", record_id="s1", sender=person, occurred_at=ago()),
+        sms_request(record_id="q2", recipient=person, purpose="marketing", occurred_at=ago()),
+        b"{broken",
+    ]
+    assert place.run("publish", place.file(*records)).status == 0
+    done = place.run("run", "--until-idle")
+    assert (done.status, done.records) == (0, 6), done.err
+
+    assert place.verdicts() == {"q1": ("cleared", None), "q2": ("refused", "opted_out")}
+    assert Counter(one["record_id"] for one in place.opened("cdr.pii")) == Counter(["c1", "v1", "s1"])
+    assert {one["content"] for one in place.opened("content")} == {"words", "STOP"}
+    assert len(place.values("cdr.anonymous")) == 3
+    assert [one["record"] for one in place.opened("quarantine")] == ["{broken"]
+
+
+def test_a_record_above_a_megabyte_is_quarantined_whole_and_the_others_go_on(place):
+    big = raw(sms_cdr(record_id="big", content="x" * 3_500_000))
+    nearly = sms_cdr(record_id="nearly", content="é" * 400_000)
+    records = [sms_cdr(record_id="a"), big, nearly, sms_cdr(record_id="b")]
+    assert place.run("publish", place.file(*records)).status == 0
+    done = place.run("run", "--until-idle")
+    assert (done.status, done.records) == (0, 4), done.err
+
+    assert {one["record_id"] for one in place.opened("cdr.pii")} >= {"a", "b"}
+    quarantined = place.opened("quarantine")
+    assert big.decode() in [one["record"] for one in quarantined]
+    assert len(quarantined) + len(place.opened("cdr.pii")) == 4
+
+
+def test_anonymous_records_have_no_key_a_coarse_time_and_one_partition_a_batch(place):
+    records = [sms_cdr(record_id=f"r{n}", recipient=f"+1415555{n:04}", occurred_at=ago(n * 60)) for n in range(300)]
+    assert place.run("publish", place.file(*records)).status == 0
+    assert place.run("run", "--until-idle").status == 0
+
+    found = asyncio.run(every_message(place, "cdr.anonymous"))
+    assert sum(map(len, found.values())) == 300
+    for messages in found.values():
+        assert {message.key for message in messages} <= {None}
+        assert {message.timestamp % HOUR_MS for message in messages} <= {0}
+        assert {name for message in messages for name, _ in message.headers} == {"role", "class", "policy"}
+    personal = asyncio.run(every_message(place, "cdr.pii"))
+    assert {message.timestamp % (24 * HOUR_MS) for some in personal.values() for message in some} == {0}
+
+
+async def every_message(place, stream):
+    """Return what an ordinary reader finds in a stream, by partition."""
+    kafka = place.loaded().kafka
+    consumer = AIOKafkaConsumer(
+        bootstrap_servers=",".join(kafka.servers), security_protocol="SASL_SSL", ssl_context=tls_context(kafka),
+        sasl_mechanism="SCRAM-SHA-512", sasl_plain_username=kafka.username,
+        sasl_plain_password=kafka.password_path.read_text(), auto_offset_reset="earliest",
+        isolation_level="read_committed",
+    )  # fmt: skip
+    await consumer.start()
+    consumer.assign([Place(kafka.prefix + stream, partition) for partition in range(4)])
+    found = {}
+    while page := await consumer.getmany(timeout_ms=1500):
+        for where, messages in page.items():
+            found.setdefault(where.partition, []).extend(messages)
+    await consumer.stop()
+    return found
+
+
+def test_a_worker_that_is_killed_is_replaced_and_nothing_is_lost_or_done_twice(place):
+    records = [sms_request(record_id=f"r{n:04}", recipient=f"+1415555{n:04}", occurred_at=ago()) for n in range(2000)]
+    place.configured(batch_records=40)
+    run = place.start("run", "--workers", "2")
+    eventually(lambda: len(children(run.pid)) == 2, "two workers")
+    assert place.run("publish", place.file(*records)).status == 0
+    eventually(lambda: len(place.verdicts()) > 100, "some verdicts")
+    before = children(run.pid)
+    os.kill(before[0], signal.SIGKILL)
+
+    eventually(lambda: len(place.verdicts()) == 2000, "all verdicts")
+
+    assert "a worker was fenced or killed and is replaced" in place.told(run)
+    eventually(lambda: len(children(run.pid)) == 2 and children(run.pid) != before, "another worker")
+    run.terminate()
+    assert place.ended(run).status == 0, place.told(run)
+    assert Counter(one["record_id"] for one in place.values("verdicts")) == Counter(f"r{n:04}" for n in range(2000))
+
+
+def test_a_worker_that_is_stopped_hands_its_partitions_over_at_once(place):
+    place.configured(lease_s=45.0)  # nobody waits for that
+    records = [sms_request(record_id=f"r{n}", recipient=f"+1415555{n:04}", occurred_at=ago()) for n in range(400)]
+    first = place.start("run")
+    eventually((place.data / "worker-0.lock").exists, "the first worker")
+    second = place.start("run")
+    eventually((place.data / "worker-1.lock").exists, "the second worker")
+    assert place.run("publish", place.file(*records[:200])).status == 0
+    eventually(lambda: len(place.verdicts()) == 200, "the first half")
+    first.terminate()
+    assert place.ended(first).status == 0
+    began_s = time.monotonic()
+    assert place.run("publish", place.file(*records[200:])).status == 0
+
+    eventually(lambda: len(place.verdicts()) == 400, "the second half")
+
+    assert time.monotonic() - began_s < 40
+    second.terminate()
+    assert place.ended(second).status == 0
+
+
+def test_tail_gives_the_newest_records_although_offsets_have_gaps(place):
+    for n in range(6):  # each in a transaction of its own
+        assert place.run("publish", place.file(sms_request(record_id=f"r{n}", recipient="+14155550101"))).status == 0
+        assert place.run("run", "--until-idle").status == 0
+
+    shown = [line["value"]["record_id"] for line in place.run("tail", "verdicts", "--max", "2", "--json").lines]
+
+    assert shown == ["r4", "r5"]
+
+
+def children(pid):
+    return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_a_configuration_without_a_user_is_refused_in_one_line(place):
+    place.config.write_text("")
+    done = place.run("run")
+    assert done.status == 1
+    assert "username and password_file" in done.err
+    assert len(done.err.splitlines()) == 1
