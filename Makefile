@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo kafka kafka-stop test lint types unit bench bench-smoke lock clean
+.PHONY: help install demo kafka kafka-stop test lint types unit bench bench-kafka bench-smoke lock clean
 
 help:  ## say what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ unit: $(STAMP)
 
 bench: $(STAMP)  ## measure every stage, the whole pipeline, the log, reveal and memory
 	$(BIN)/python -m benchmarks
+
+bench-kafka: $(STAMP)  ## measure passing through, the whole pipeline, fixed rates and memory on a real broker: half an hour
+	$(BIN)/python -m benchmarks kafka
 
 bench-smoke: $(STAMP)
 	$(BIN)/python -m benchmarks --smoke

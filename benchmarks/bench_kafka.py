@@ -20,26 +20,25 @@ from pathlib import Path
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
 
-from benchmarks.common import KINDS, SEED, SMOKE, batch, report, results, rss_mib
+from benchmarks.common import KINDS, SEED, SMOKE, report, results, rss_mib
+from benchmarks.flow import pass_through, publish, sizes
 from deploy.kafka.broker import Cluster
 from schemas.catalog import partition_for
-from schemas.outbound import Message, Output
 from streams.config import Config, load
-from streams.deployment import open_log
 from streams.log.provision import apply
 from streams.worker.supervisor import run_one
 
 PARTS = ("cost", "rates", "commit", "memory")
 RECORDS = 4000 if SMOKE else 100_000
-SECONDS = 2 if SMOKE else 20
+SECONDS = 1 if SMOKE else 20
 RATES = (500,) if SMOKE else (5_000, 10_000, 15_000, 20_000, 25_000, 30_000)
 COMMIT_EVERY_MS = (20,) if SMOKE else (0, 5, 20, 50, 100, 200)
 MEMORY_RECORDS = 20_000 if SMOKE else 10_000_000
 PEOPLE = 5_000
+CHUNKS = 2 if SMOKE else 20
 COSTS = (
     ("sms request", PEOPLE), ("sms request", RECORDS), ("sms cdr", PEOPLE), ("sms cdr", RECORDS), ("voice cdr", PEOPLE),
 )  # fmt: skip
-OUTPUTS = ("verdicts", "cleared", "content", "cdr.pii", "cdr.anonymous", "suppressions", "review", "quarantine")
 
 
 def deployment(folder: str, cluster: Cluster, name: str, **kafka: object) -> Config:
@@ -51,22 +50,6 @@ def deployment(folder: str, cluster: Cluster, name: str, **kafka: object) -> Con
     config = load(Namespace(config=str(path), log=None))
     apply(config)
     return config
-
-
-def stream_of(kind: str) -> str:
-    return "traffic" if kind == "sms request" else "traffic.cdr"
-
-
-async def publish(config: Config, kind: str, people: int, records: int = RECORDS, seed: int = 0) -> None:
-    log = await open_log(config)
-    for first in range(0, records, 10_000):
-        by_partition: dict[int, list[Message]] = {}
-        for index, value in enumerate(batch(kind, people, seed, min(10_000, records - first), first)):
-            key = b"%d" % ((first + index) % people)
-            partition = partition_for(key, log.partitions)
-            by_partition.setdefault(partition, []).append(Message(int(time.time() * 1000), key, (), value))
-        await log.append([Output(stream_of(kind), partition, some) for partition, some in by_partition.items()])
-    await log.close()
 
 
 class Meter:
@@ -90,57 +73,21 @@ class Meter:
         }
 
 
-async def pass_through(config: Config, outputs_of: dict[str, int]) -> dict[str, float]:
-    """Poll and commit with the same number and size of outputs, and no processing."""
-    log = await open_log(config)
-    consumer = log.consumer("pass-through")
-    headers = (("role", b"controller"), ("class", b"traffic"), ("policy", b"default/1"))
-    filler = {stream: os.urandom(size // 2).hex().encode() for stream, size in outputs_of.items()}
-    meter = Meter()
-    while True:
-        found = await consumer.poll(config.batch_records, 0.1)
-        if found is None:
-            if await consumer.at_end():
-                break
-            continue
-        outputs = [
-            Output(stream, found.partition, [Message(0, None, headers, value) for _ in found.messages])
-            for stream, value in filler.items()
-        ]
-        await consumer.commit(found, outputs, lambda: None)
-        meter(found.messages)
-    await consumer.close()
-    await log.close()
-    return meter.figures
-
-
-async def sizes(config: Config) -> dict[str, int]:
-    """Return the streams that a run wrote to for most of its records, with the size of a value."""
-    log = await open_log(config)
-    found = {}
-    for stream in OUTPUTS:
-        for partition in range(log.partitions):
-            page = await log.read(stream, partition, 0, 1)
-            if page:
-                found[stream] = len(page[0].value)
-    await log.close()
-    return found
-
-
 def cost(folder: str, cluster: Cluster) -> None:
     """Requests and CDRs apart, people known and all new, each against passing the same bytes through."""
-    for number, (kind, people) in enumerate(COSTS):
+    for number, (kind, people) in enumerate(COSTS[1:3] if SMOKE else COSTS):
         full = deployment(folder, cluster, f"full{number}")
         if people != RECORDS:  # known: their secrets are in the store; the process reads each once
             asyncio.run(publish(full, kind, people, people))
             asyncio.run(run_one(full, until_idle=True))
-        asyncio.run(publish(full, kind, people))
+        asyncio.run(publish(full, kind, people, RECORDS))
         meter = Meter()
         asyncio.run(run_one(full, until_idle=True, on_batch=meter))
         bare = deployment(folder, cluster, f"bare{number}")
-        asyncio.run(publish(bare, kind, people))
-        passed = asyncio.run(pass_through(bare, asyncio.run(sizes(full))))
-        figures = meter.figures
+        asyncio.run(publish(bare, kind, people, RECORDS))
+        bare_meter = Meter()
+        asyncio.run(pass_through(bare, asyncio.run(sizes(full)), bare_meter))
+        figures, passed = meter.figures, bare_meter.figures
         report([{
             "case": f"{kind}, {'all new' if people == RECORDS else f'{people:,} known people'}",
             **figures,
@@ -245,7 +192,7 @@ def at_rate(config: Config, rate: int, seconds: float) -> dict[str, object]:
     ]
     worker = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        asyncio.run(load_at(config, 500, 4))  # until it has joined
+        asyncio.run(load_at(config, 500, 1 if SMOKE else 4))  # until it has joined
         before = cpu_s(worker.pid)
         row = asyncio.run(load_at(config, rate, seconds))
         row["cpu_us"] = round((cpu_s(worker.pid) - before) / (rate * seconds) * 1e6, 1)
@@ -285,7 +232,7 @@ def commit(folder: str, cluster: Cluster) -> None:
 def memory(folder: str, cluster: Cluster) -> None:
     """Resident memory of a worker after ten million records, against that after the first tenth; topics are bounded."""
     config = deployment(folder, cluster, "memory")
-    bound(config, {"retention.bytes": str(64 << 20), "segment.bytes": str(16 << 20)})
+    bound(config, {"retention.bytes": str(256 << 20), "segment.bytes": str(32 << 20)})
     done, at_tenth = 0, 0.0
 
     def count(outcomes) -> None:
@@ -294,7 +241,7 @@ def memory(folder: str, cluster: Cluster) -> None:
         if not at_tenth and done >= MEMORY_RECORDS // 10:
             at_tenth = rss_mib()
 
-    chunk = MEMORY_RECORDS // 100
+    chunk = MEMORY_RECORDS // CHUNKS
     while done < MEMORY_RECORDS:
         publisher = [
             sys.executable,
@@ -315,7 +262,7 @@ def memory(folder: str, cluster: Cluster) -> None:
 _PUBLISH = """
 import asyncio, sys
 from argparse import Namespace
-from benchmarks.bench_kafka import publish
+from benchmarks.flow import publish
 from streams.config import load
 asyncio.run(publish(load(Namespace(config=sys.argv[1] + "/streamveil.toml", log=None)), "sms request", {people}, {chunk}))
 """

@@ -35,8 +35,6 @@ PARTITIONS = 3
 SHORT, DEFAULT = (2.0, 4000), (10.0, 10_000)
 """Seconds of a lease and milliseconds of a transaction: so that much happens in a short time, and as by default."""
 BATCH = 60
-MOST = 6000
-"""Records a gateway publishes in one run; it stops earlier when the faults are over."""
 _ENDS = {0: "stopped", -signal.SIGKILL: "killed", -signal.SIGTERM: "stopped while it started"}
 FENCED = "Another worker took this partition over"
 DISK_BYTES = 320 * 1024 * 1024
@@ -83,7 +81,7 @@ POINTS = (
     ("KafkaConsumer", "commit", True),
     *COMMIT_POINTS,
 )
-CUT_POINTS = (("Writer", "_write_offsets", False), ("Writer", "_produce", False), ("Writer", "_end", False))
+STALL_POINTS = (("Writer", "_write_offsets", False), ("Writer", "_produce", False), ("Writer", "_end", False))
 GATEWAY_POINTS = (
     ("KafkaLog", "append", True),
     ("Writer", "_fill", False),
@@ -217,7 +215,7 @@ class Site(Place):
 
     def publishing(self) -> None:
         """Begin to publish, until the faults are over."""
-        self._gateway = Gateway(self.settings, PARTITIONS, self.seed, MOST)
+        self._gateway = Gateway(self.settings, PARTITIONS, self.seed)
 
     def interrupted_publish(self) -> None:
         """Publish a file by the command line, killed in the middle of it twice, and gone on with."""
@@ -395,20 +393,26 @@ async def _coordinator(site: Site, kind: int, key: str) -> int:
 
 
 def network_cut(site: Site) -> None:
-    """Nothing passes between workers and broker, in the middle of a commit too; what was sent meanwhile comes late."""
+    """Nothing passes between workers and broker for longer than they wait for an answer; what was sent comes later."""
     with _behind_proxy(site) as network:
-        for point in (None, *site.chance.sample(CUT_POINTS, 2)):
-            if point is None:
-                network.cut()
-            else:
-                site.kill(0)
-                worker = site.worker(0, struck(point, site.chance.randint(2, 5), signal.SIGSTOP))
-                eventually(lambda one=worker: is_stopped(one), "a worker in the middle of a commit")
-                network.cut()
-                worker.send_signal(signal.SIGCONT)
-            site.work(REQUEST_TIMEOUT_MS / 1000 + 0.3 + site.chance.random())
+        network.cut()
+        site.work(REQUEST_TIMEOUT_MS / 1000 + site.chance.random())
+        network.heal(late_s=0.4)
+        site.progress()
+        site.settle()
+
+
+def network_stalled(site: Site) -> None:
+    """In the middle of a commit some connections stall, and new ones do not: requests come late, and after others."""
+    with _behind_proxy(site) as network:
+        for point in site.chance.sample(STALL_POINTS, 2):
+            site.kill(0)
+            worker = site.worker(0, struck(point, site.chance.randint(2, 5), signal.SIGSTOP))
+            eventually(lambda one=worker: is_stopped(one), "a worker in the middle of a commit")
+            network.stall(0.5)
+            worker.send_signal(signal.SIGCONT)
+            site.work(REQUEST_TIMEOUT_MS / 1000 + 0.3 + 0.5 * site.chance.random())
             network.heal(late_s=0.4)
-            site.work(1)
             site.progress()
         site.settle()
 
@@ -502,7 +506,8 @@ SCHEDULES = {
         Schedule(broker_killed),
         Schedule(one_of_three_away, nodes=3),
         Schedule(coordinator_moved, nodes=3),
-        Schedule(network_cut, times=DEFAULT),
+        Schedule(network_cut),
+        Schedule(network_stalled, times=DEFAULT),
         Schedule(network_slow),
         Schedule(network_torn),
         Schedule(disk_full, own_disk=True),

@@ -26,7 +26,7 @@ WORD, NUMBER, ADDRESS, ID = "zq-canary", "141555501", "192.0.2.77", "zqrecord-"
 """Marks: of every free text, number, network address and record id of these records."""
 PEOPLE = 90
 CHUNK = 30
-PAUSE_S = 0.12
+PAUSE_S = 0.15
 BROKEN = 0.01
 CONTENTS = ("content", "recording_ref", "transcript")
 
@@ -87,12 +87,11 @@ def texts(record: dict | bytes) -> str:
 class Gateway:
     """Publishes chunks in a thread of its own, one after the other, until `finish`."""
 
-    def __init__(self, settings: Kafka, partitions: int, seed: int, most: int) -> None:
-        """Take where to publish, and the largest number of records; starts at once."""
+    def __init__(self, settings: Kafka, partitions: int, seed: int) -> None:
+        """Take where to publish; starts at once."""
         self.sent: list[Sent] = []
         self.refused = 0
         self._records = records(seed)
-        self._most = most
         self._finished = threading.Event()
         self._failed: list[BaseException] = []
         self._thread = threading.Thread(target=self._run, args=(settings, partitions), daemon=True)
@@ -116,7 +115,7 @@ class Gateway:
     async def _publish(self, settings: Kafka, partitions: int) -> None:
         log = KafkaLog(settings, partitions=partitions, lease_s=10)
         try:
-            while not self._finished.is_set() and len(self.sent) < self._most:
+            while not self._finished.is_set():
                 chunk = [next(self._records) for _ in range(CHUNK)]
                 outcome = await self._append(log, chunk)
                 self.sent += [Sent(record, outcome, len(self.sent) // CHUNK) for record in chunk]

@@ -16,6 +16,16 @@ from typing import Any, Self
 LOOPBACK = "127.0.0.1"
 
 
+class _Link:
+    """One connection, from here on in both directions."""
+
+    def __init__(self, *, whole: bool) -> None:
+        self.whole = asyncio.Event()
+        self.writers: list[asyncio.StreamWriter] = []
+        if whole:
+            self.whole.set()
+
+
 class Proxy:
     """Passes on what comes in at a port of this machine to another one, in a thread of its own."""
 
@@ -26,9 +36,9 @@ class Proxy:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._server: asyncio.Server
-        self._whole = asyncio.Event()
+        self._whole = True
         self._delay_s = self._late_s = 0.0
-        self._pairs: set[tuple[asyncio.StreamWriter, asyncio.StreamWriter]] = set()
+        self._links: set[_Link] = set()
         self._tasks: set[asyncio.Task] = set()
         self.passed_bytes = 0
 
@@ -48,7 +58,12 @@ class Proxy:
 
     def cut(self) -> None:
         """Let nothing through, in either direction; connections stay, and new ones get no further than here."""
-        self._loop.call_soon_threadsafe(self._whole.clear)
+        self._whole = False
+        self.stall(1)
+
+    def stall(self, share: float) -> None:
+        """Let nothing through on a share of the connections that there are; the others are as good as ever."""
+        self._within(self._stall(share))
 
     def slow(self, delay_s: float) -> None:
         """Keep back everything for so long, in either direction."""
@@ -60,13 +75,22 @@ class Proxy:
 
     def heal(self, late_s: float = 0.0) -> None:
         """Be a good network again; what was kept back arrives, each connection's up to so much later."""
-        self._delay_s, self._late_s = 0.0, late_s
-        self._loop.call_soon_threadsafe(self._whole.set)
+        self._whole, self._delay_s, self._late_s = True, 0.0, late_s
+        self._within(self._heal())
 
     # --- inside
 
     def _within(self, work: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(10)
+
+    async def _stall(self, share: float) -> None:
+        for link in self._links:
+            if self._chance.random() < share:
+                link.whole.clear()
+
+    async def _heal(self) -> None:
+        for link in self._links:
+            link.whole.set()
 
     async def _close(self) -> None:
         self._server.close()
@@ -77,46 +101,46 @@ class Proxy:
         await self._server.wait_closed()
 
     async def _tear(self) -> int:
-        torn = list(self._pairs)
-        self._pairs.clear()
-        for pair in torn:
-            for writer in pair:
+        torn = list(self._links)
+        for link in torn:
+            for writer in link.writers:
                 with suppress(OSError):
                     sock = writer.get_extra_info("socket")
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 writer.transport.abort()
+        self._links.clear()
         return len(torn)
 
     async def _accepted(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
-        assert task is not None
+        link = _Link(whole=self._whole)
+        link.writers.append(writer)
         self._tasks.add(task)
-        pair = None
+        self._links.add(link)
         try:
-            await self._whole.wait()
+            await link.whole.wait()
             there, out = await asyncio.open_connection(LOOPBACK, self._to)
-            pair = (writer, out)
-            self._pairs.add(pair)
-            await asyncio.gather(self._pump(reader, out), self._pump(there, writer))
+            link.writers.append(out)
+            await asyncio.gather(self._pump(link, reader, out), self._pump(link, there, writer))
         except (OSError, asyncio.CancelledError):
             pass
         finally:
-            self._tasks.discard(task)
-            for one in pair or (writer,):
+            for one in link.writers:
                 one.transport.abort()
-            self._pairs.discard(pair)
+            self._links.discard(link)
+            self._tasks.discard(task)
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pump(self, link: _Link, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Pass on in one direction, up to the end; a half that has ended leaves the other one open."""
         while data := await reader.read(65_536):
             if self._delay_s:
                 await asyncio.sleep(self._delay_s)
-            if not self._whole.is_set():
-                await self._whole.wait()
+            if not link.whole.is_set():
+                await link.whole.wait()
                 await asyncio.sleep(self._late_s * self._chance.random())
             writer.write(data)
             self.passed_bytes += len(data)
             await writer.drain()
-        await self._whole.wait()
+        await link.whole.wait()
         with suppress(OSError):
             writer.write_eof()
