@@ -329,7 +329,7 @@ class KafkaConsumer:
         due = self._due(max_records, now_s)
         waits_s = [held.since_s + self._settings.commit_every_ms / 1000 - now_s for held in self._with_messages()]
         if due is None and waits_s:  # let the batch fill
-            await asyncio.sleep(max(0.0, min(*waits_s, left_s, *waits_s)))
+            await asyncio.sleep(max(0.0, min(*waits_s, left_s)))
         await self._fetch(max_records, 0 if waits_s else max(0, min(IDLE_FETCH_MS, int(left_s * 1000))))
         return self._due(max_records, time.monotonic())
 
@@ -386,7 +386,9 @@ class KafkaConsumer:
             raise ValueError("an input stream is no output")
         place = Place(f"{self._settings.prefix}{batch.stream}", batch.partition)
         held = self._held.get(place)
-        if self._closed or held is None or (held.writer.epoch, held.offset) != (batch.lease, batch.offset):
+        if held is None and not self._closed:
+            raise LogBusy("a partition was handed over before its batch was done", partition=batch.partition)
+        if held is None or (held.writer.epoch, held.offset) != (batch.lease, batch.offset):
             raise Fenced(stream=batch.stream, partition=batch.partition, offset=batch.offset)
         offsets = Offsets(self.group, {place: (batch.next_offset, "")})
         try:

@@ -1,3 +1,4 @@
+# ruff: noqa: T201 — this is a command
 """`make chaos`: all schedules of faults, one seed after the other, for as long as is asked; prints a table.
 
 python -m tests.chaos --minutes 30 [--seed S] [--only SCHEDULE …]
@@ -37,7 +38,7 @@ def main() -> int:
                 folder = Path(name) / f"{schedule}-{seed}"
                 folder.mkdir()
                 try:
-                    result = execute(schedule, seed, clusters, folder)
+                    result = execute(SCHEDULES[schedule], seed, clusters, folder)
                 except Exception:
                     traceback.print_exc()
                     totals[schedule]["failed"] += 1
@@ -49,7 +50,7 @@ def main() -> int:
                     wrong.append((schedule, seed))
             seed += 1
     columns = ("runs", *COUNTS, *ENDS, *KINDS, "failed")
-    print("\n| schedule | " + " | ".join(columns) + " |\n|---" * 1 + "|---:" * len(columns) + "|")
+    print("\n| schedule | " + " | ".join(columns) + " |\n|---" + "|---:" * len(columns) + "|")
     for schedule, counts in totals.items():
         print(f"| {schedule} | " + " | ".join(f"{counts[column]:,}" for column in columns) + " |")
     print(f"\nseeds {args.seed} to {seed - 1}")

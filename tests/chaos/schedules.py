@@ -409,7 +409,7 @@ def network_stalled(site: Site) -> None:
             site.kill(0)
             worker = site.worker(0, struck(point, site.chance.randint(2, 5), signal.SIGSTOP))
             eventually(lambda one=worker: is_stopped(one), "a worker in the middle of a commit")
-            network.stall(0.5)
+            network.stall_some()
             worker.send_signal(signal.SIGCONT)
             site.work(REQUEST_TIMEOUT_MS / 1000 + 0.3 + 0.5 * site.chance.random())
             network.heal(late_s=0.4)
@@ -524,9 +524,8 @@ class Result(NamedTuple):
     seconds: float
 
 
-def execute(name: str, seed: int, clusters: Clusters, folder: Path) -> Result:
+def execute(schedule: Schedule, seed: int, clusters: Clusters, folder: Path) -> Result:
     """Run a schedule in an empty folder, and return what the checker says. Blocks for 10 to 30 s."""
-    schedule = SCHEDULES[name]
     began_s = time.monotonic()
     with ExitStack() as stack:
         if schedule.own_disk:

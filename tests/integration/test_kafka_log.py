@@ -288,6 +288,23 @@ async def test_a_batch_under_way_is_committed_before_its_partition_is_handed_ove
 
 
 @run
+async def test_a_batch_that_takes_too_long_is_handed_over_and_done_by_another(opened, topics, monkeypatch):
+    monkeypatch.setattr("streams.log.kafka.HANDOVER_S", 1.0)
+    log, other = opened_log(opened, topics), opened_log(opened, topics)
+    await log.append([Output("traffic", 0, messages(b"a"))])
+    slow, quick = log.consumer("z-slow"), other.consumer("a-quick")  # who comes first by name gets partition 0
+    batch = await slow.poll(10, 20.0)
+    taken = await quick.poll(10, 30.0)
+
+    assert taken.messages == batch.messages
+    with pytest.raises(LogBusy, match="handed over"):
+        await slow.commit(batch, [Output("verdicts", 0, batch.messages)], nothing)
+    await quick.commit(taken, [Output("verdicts", 0, taken.messages)], nothing)
+    assert await slow.poll(10, 1.0) is None
+    assert await values(log, "verdicts") == [b"a"]
+
+
+@run
 async def test_it_is_not_the_end_while_input_is_written_and_not_committed(opened, topics):
     log = opened_log(opened, topics)
     place = Place(await log.topic("traffic"), 1)

@@ -9,7 +9,7 @@ import random
 import socket
 import struct
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Container, Coroutine
 from contextlib import suppress
 from typing import Any, Self
 
@@ -19,9 +19,10 @@ LOOPBACK = "127.0.0.1"
 class _Link:
     """One connection, from here on in both directions."""
 
-    def __init__(self, *, whole: bool) -> None:
+    def __init__(self, client: asyncio.StreamWriter, *, whole: bool) -> None:
+        self.port: int = client.get_extra_info("peername")[1]
+        self.writers = [client]
         self.whole = asyncio.Event()
-        self.writers: list[asyncio.StreamWriter] = []
         if whole:
             self.whole.set()
 
@@ -29,10 +30,10 @@ class _Link:
 class Proxy:
     """Passes on what comes in at a port of this machine to another one, in a thread of its own."""
 
-    def __init__(self, port: int, to: int, chance: random.Random) -> None:
+    def __init__(self, port: int, to: int, chance: random.Random | None = None) -> None:
         """Take the two ports; nothing listens before the context is entered."""
         self._port, self._to = port, to
-        self._chance = chance
+        self._chance = chance or random.Random(0)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._server: asyncio.Server
@@ -59,11 +60,15 @@ class Proxy:
     def cut(self) -> None:
         """Let nothing through, in either direction; connections stay, and new ones get no further than here."""
         self._whole = False
-        self.stall(1)
+        self._within(self._stall(lambda _: True))
 
-    def stall(self, share: float) -> None:
-        """Let nothing through on a share of the connections that there are; the others are as good as ever."""
-        self._within(self._stall(share))
+    def stall(self, ports: Container[int]) -> None:
+        """Let nothing through on the connections of these client ports; all others are as good as ever."""
+        self._within(self._stall(lambda link: link.port in ports))
+
+    def stall_some(self) -> None:
+        """Let nothing through on each second one, by chance, of the connections that there are."""
+        self._within(self._stall(lambda _: self._chance.random() < 0.5))
 
     def slow(self, delay_s: float) -> None:
         """Keep back everything for so long, in either direction."""
@@ -83,10 +88,9 @@ class Proxy:
     def _within(self, work: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(10)
 
-    async def _stall(self, share: float) -> None:
-        for link in self._links:
-            if self._chance.random() < share:
-                link.whole.clear()
+    async def _stall(self, stalls: Callable[[_Link], bool]) -> None:
+        for link in filter(stalls, self._links):
+            link.whole.clear()
 
     async def _heal(self) -> None:
         for link in self._links:
@@ -113,8 +117,7 @@ class Proxy:
 
     async def _accepted(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
-        link = _Link(whole=self._whole)
-        link.writers.append(writer)
+        link = _Link(writer, whole=self._whole)
         self._tasks.add(task)
         self._links.add(link)
         try:
