@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo kafka kafka-stop test lint types unit bench bench-kafka bench-smoke lock clean
+.PHONY: help install demo kafka kafka-stop test lint types unit bench bench-kafka bench-smoke chaos lock clean
 
 help:  ## say what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,10 @@ bench-kafka: $(STAMP)  ## measure passing through, the whole pipeline, fixed rat
 
 bench-smoke: $(STAMP)
 	$(BIN)/python -m benchmarks --smoke
+
+MINUTES ?= 30
+chaos: $(STAMP)  ## break brokers, workers, network, disk and key store again and again, and check everything; MINUTES=30
+	$(BIN)/python -m tests.chaos --minutes $(MINUTES) $(if $(STREAMVEIL_CHAOS_SEED),--seed $(STREAMVEIL_CHAOS_SEED))
 
 lock: $(STAMP)  ## write requirements.lock anew from pyproject.toml
 	$(BIN)/python -m pip install --quiet uv

@@ -35,6 +35,8 @@ PARTITIONS = 3
 SHORT, DEFAULT = (2.0, 4000), (10.0, 10_000)
 """Seconds of a lease and milliseconds of a transaction: so that much happens in a short time, and as by default."""
 BATCH = 60
+MISSED = {"broker.session.timeout.ms": "3000", "broker.heartbeat.interval.ms": "500"}
+"""So soon the others do without a broker that is gone."""
 _ENDS = {0: "stopped", -signal.SIGKILL: "killed", -signal.SIGTERM: "stopped while it started"}
 FENCED = "Another worker took this partition over"
 DISK_BYTES = 320 * 1024 * 1024
@@ -67,8 +69,9 @@ struck({owner}, {name!r}, {after})
 """
 """Strikes the process with a signal at the n-th time that it comes to a point of its work."""
 
+BEFORE_COMMIT = ("Writer", "_fill", False)
 COMMIT_POINTS = (
-    ("Writer", "_fill", False),
+    BEFORE_COMMIT,
     ("Writer", "_produce", False),
     ("Writer", "_produce", True),
     ("Writer", "_write_offsets", True),
@@ -114,7 +117,8 @@ class Clusters:
     def of(self, nodes: int) -> Cluster:
         """Return the cluster with so many nodes; every node runs."""
         if nodes not in self._found:
-            cluster = Cluster(self._folder / f"kafka-{nodes}", nodes=nodes, settings=SETTINGS, proxied=True, quick=True)
+            folder = self._folder / f"kafka-{nodes}"
+            cluster = Cluster(folder, nodes=nodes, settings=SETTINGS | MISSED, proxied=True, quick=True)
             self._found[nodes] = self._stack.enter_context(cluster)
         self._found[nodes].start()
         return self._found[nodes]
@@ -309,11 +313,16 @@ def killed_in_commit(site: Site) -> None:
         site.tend()
 
 
-def zombie(site: Site, more: str = "") -> None:
+def zombie(site: Site) -> None:
     """A worker stops (SIGSTOP) past its session time-out, in the middle of a commit too, and then goes on (SIGCONT)."""
+    asleep(site, BEFORE_COMMIT, site.chance.choice(COMMIT_POINTS), None)
+
+
+def asleep(site: Site, *points: tuple[str, str, bool] | None, more: str = "") -> None:
+    """Have a worker sleep at each of these points of its work, or anywhere (None). `more`: sabotage of all workers."""
     site.publishing()
     site.worker(0, more or None)
-    for point in (("Writer", "_fill", False), site.chance.choice(COMMIT_POINTS), None):
+    for point in points:
         if site.workers[1] is not None:
             site.kill(1)
         sleeper = site.worker(1, more + (struck(point, site.chance.randint(2, 4), signal.SIGSTOP) if point else ""))
@@ -420,9 +429,9 @@ def network_stalled(site: Site) -> None:
 def network_slow(site: Site) -> None:
     """Everything between workers and broker takes its time, more than the heartbeat of the group at times."""
     with _behind_proxy(site) as network:
-        for delay_s in (0.05, 0.2 + 0.3 * site.chance.random()):
+        for delay_s in (0.03, 0.1 + 0.2 * site.chance.random()):
             network.slow(delay_s)
-            site.work(3)
+            site.work(2)
             site.progress()
         network.heal()
         site.settle()

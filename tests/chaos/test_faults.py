@@ -16,7 +16,7 @@ from schemas.outbound import Message
 from streams.log.connection import Connection, Place
 from streams.log.fencing import Offsets, Writer
 from streams.log.kafka import KafkaLog
-from tests.chaos.schedules import SCHEDULES, Clusters, Schedule, execute, struck, zombie
+from tests.chaos.schedules import BEFORE_COMMIT, SCHEDULES, Clusters, Schedule, asleep, execute, struck
 from tests.support.commands import eventually
 from tests.support.kafka import make_topics, settings
 from tests.support.proxy import Proxy
@@ -65,7 +65,7 @@ Writer.write = apart
 
 
 def test_workers_that_do_not_fence_are_found_out(clusters, tmp_path):
-    unfenced = Schedule(lambda site: zombie(site, UNFENCED))
+    unfenced = Schedule(lambda site: asleep(site, BEFORE_COMMIT, more=UNFENCED))
     verdict = execute(unfenced, SEED, clusters, tmp_path).verdict
     assert verdict.wrong["duplicated"], str(verdict)
 

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 from aiokafka import AIOKafkaConsumer
@@ -179,3 +180,79 @@ def test_a_configuration_without_a_user_is_refused_in_one_line(place):
     assert done.status == 1
     assert "username and password_file" in done.err
     assert len(done.err.splitlines()) == 1
+
+
+# --- each role with its own user and no more rights than the catalog gives ---------------------------------------
+
+
+@pytest.fixture
+def roles(place):
+    """Return a function that runs a command as the user of a role."""
+    passwords = place.folder / "passwords"
+    apply(place.loaded(), credentials=passwords)
+
+    def command(role, *words):
+        config = place.config.read_text()
+        admin = place.loaded().kafka
+        own = config.replace(f'username = "{admin.username}"', f'username = "{place.prefix}{role}"')
+        own = own.replace(str(admin.password_path), str(passwords / f"{role}.password"))
+        assert own.count(role) >= 2
+        path = place.folder / f"{role}.toml"
+        path.write_text(own)
+        with mock.patch.object(place, "config", path):
+            return place.run(*words)
+
+    return command
+
+
+def test_every_role_can_do_its_work_with_its_own_user(place, roles):
+    person = "+14155550101"
+    records = [
+        sms_request(record_id="q1", recipient=person, purpose="marketing", occurred_at=ago()),
+        sms_cdr(record_id="c1", recipient=person, content="words", occurred_at=ago()),
+        b"{broken",
+    ]
+    steps = [
+        ("gateway", "publish", place.file(*records)),
+        ("worker", "run", "--until-idle"),
+        ("gateway", "tail", "verdicts", "--from-beginning", "--json"),
+        ("billing", "tail", "cdr.anonymous", "--from-beginning", "--json"),
+        ("dpo", "tail", "cdr.pii", "--from-beginning", "--json", "--reveal", "--reason", "CASE-1"),
+        ("support", "tail", "cdr.pii", "--from-beginning", "--json", "--reveal", "--reason", "CASE-2"),
+        ("operator", "quarantine", "list", "--json"),
+        ("operator", "quarantine", "replay", "--all", "--reason", "CASE-3"),
+        ("officer", "optout", "add", person),
+        ("gateway", "publish", place.file(sms_request(record_id="q2", recipient=person, purpose="marketing"))),
+        ("worker", "run", "--until-idle", "--workers", 2),
+        ("gateway", "tail", "verdicts", "--from-beginning", "--json"),
+    ]
+    outputs = []
+    for role, *words in steps:
+        done = roles(role, *words)
+        assert done.status == 0, (role, words, done.err)
+        outputs.append(done.out)
+
+    assert json.loads(outputs[4])["reveal"]["fields"]["record_id"] == "c1"
+    assert json.loads(outputs[5])["reveal"]["state"] == "revealed"
+    verdicts = [json.loads(line)["value"] for line in outputs[-1].splitlines()]
+    assert {one["record_id"]: one["verdict"] for one in verdicts} == {"q1": "cleared", "q2": "refused"}
+
+
+@pytest.mark.parametrize(
+    ("role", "words"),
+    [
+        ("billing", ("tail", "cdr.pii", "--from-beginning")),
+        ("gateway", ("tail", "cdr.pii", "--from-beginning")),
+        ("gateway", ("run", "--until-idle")),
+        ("support", ("tail", "content", "--from-beginning")),
+        ("sre", ("run", "--until-idle")),
+        ("billing", ("optout", "add", "+14155550101")),
+    ],
+)
+def test_what_a_role_may_not_do_is_refused_in_one_line(roles, role, words):
+    done = roles(role, *words)
+
+    assert done.status == 1
+    assert done.out == ""
+    assert len(done.err.splitlines()) == 1, done.err
+    assert "do not allow this to the user" in done.err
