@@ -512,6 +512,7 @@ class _Membership(ConsumerRebalanceListener):  # type: ignore[misc]
         self._client = await consumer._connection.another(_JOIN_TIMEOUT_MS)  # noqa: SLF001 — two halves
         self._client.set_topics(topics)
         self._subscription.subscribe(topics=set(topics), listener=self)
+        self._subscription.register_fetch_waiters(())  # there is no fetcher; errors of the group go through here
         self._coordinator = GroupCoordinator(
             self._client,
             self._subscription,

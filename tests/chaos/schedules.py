@@ -142,7 +142,7 @@ class Site(Place):
         self.sent: list[Sent] = []
         self._gateway: Gateway | None = None
         self._settled = False
-        self._consumer = Consumer(cluster.client() | {"group.id": f"{self.prefix}workers"})
+        self._consumer = self._new_consumer()
         eventually(lambda: self.call("streams", "apply").status == 0, "the streams")
 
     def configure(self, **options: object) -> None:
@@ -193,21 +193,30 @@ class Site(Place):
 
     def progress(self, *, tended: bool = True) -> None:
         """Wait until more is committed of every partition of `traffic`: each of them has a worker."""
-        before = eventually(self._positions, "the brokers")
+        before: list[int] | None = None
 
         def gone_on() -> bool:
+            nonlocal before
             if tended:
                 self.tend()
-            return all(map(operator.gt, self._positions() or before, before))
+            now = self._positions()
+            before = before or now
+            return now is not None and all(map(operator.gt, now, before))
 
         eventually(gone_on, "progress")
 
     def _positions(self) -> list[int] | None:
         """Return what the workers have committed of `traffic`, per partition; None while the brokers are away."""
         asked = [TopicPartition(f"{self.prefix}traffic", partition) for partition in range(PARTITIONS)]
-        with suppress(KafkaException):
+        try:
             return [one.offset for one in self._consumer.committed(asked, timeout=5)]
-        return None
+        except KafkaException:  # a new one next time, which knows nothing of brokers that moved
+            self._consumer.close()
+            self._consumer = self._new_consumer()
+            return None
+
+    def _new_consumer(self) -> Consumer:
+        return Consumer(self.cluster.client() | {"group.id": f"{self.prefix}workers"})
 
     def members(self) -> int:
         """Return how many workers the group has."""

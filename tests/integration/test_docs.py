@@ -1,16 +1,19 @@
 """The documentation: its commands run, its links lead somewhere, what it cites exists, and it leaves nothing out."""
 
+import contextlib
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
+from deploy.kafka.broker import BrokerError, Cluster
 from processors.decode import FIELDS
 from processors.decode import REASONS as QUARANTINED
 from processors.screen.verdict import GATEWAY_CODES
@@ -19,7 +22,7 @@ from schemas import errors
 from schemas.catalog import CATALOG
 from schemas.policy import CLAUSES
 from streams.cli.main import NOUNS
-from streams.config import _File, load
+from streams.config import _File, _KafkaTable, _WatchTable, load
 from streams.keys.roles import ROLES, principal
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +33,10 @@ FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 ELSEWHERE = ("make ", "git clone ")
 """Commands that install or test the whole project; continuous integration runs them."""
-TIMEOUT_S = 180
+BROKER = {"make kafka": "start", "make kafka-stop": "stop"}
+"""What two of them run, of deploy/kafka/broker.py: that is run here."""
+TABLES = {"": _File, "kafka": _KafkaTable, "watch": _WatchTable}
+TIMEOUT_S = 300
 
 
 def text_of(path):
@@ -44,6 +50,7 @@ def blocks(path, info):
 def commands(path, info):
     """Return the blocks of one kind as one script, as a reader types it, without what runs elsewhere."""
     lines = "\n".join(blocks(path, info)).splitlines()
+    lines = [f"python deploy/kafka/broker.py {BROKER[line]}" if line in BROKER else line for line in lines]
     return "\n".join(line for line in lines if not line.startswith(ELSEWHERE))
 
 
@@ -73,14 +80,24 @@ def run_script(folder, script):
     return done
 
 
+@contextlib.contextmanager
+def a_checkout(folder):
+    """Yield a folder that looks like a checkout; a broker that was started in it is stopped."""
+    (folder / "deploy").symlink_to(ROOT / "deploy")
+    try:
+        yield folder
+    finally:
+        with contextlib.suppress(BrokerError):
+            Cluster.at(folder / "streamveil-kafka").stop()
+
+
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
     """A folder that looks like a checkout after `make demo`."""
-    folder = tmp_path_factory.mktemp("checkout")
-    (folder / "deploy").symlink_to(ROOT / "deploy")
-    done = run(folder, "streamveil", "demo", "--records", "3000")
-    assert done.returncode == 0, done.stderr
-    return folder
+    with a_checkout(tmp_path_factory.mktemp("checkout")) as folder:
+        done = run(folder, "streamveil", "demo", "--records", "3000")
+        assert done.returncode == 0, done.stderr
+        yield folder
 
 
 # --- what is typed runs -------------------------------------------------------------------------------------
@@ -101,6 +118,10 @@ def test_every_command_of_the_readme_runs_as_it_stands(checkout):
     assert "opted_out" in done.stdout
     assert '"on_registry"' in done.stdout
     assert "sent, sms" in done.stdout
+    # on the broker that it has started and stopped too
+    cluster = Cluster.at(checkout / "streamveil-kafka")
+    assert f"Apache Kafka {cluster.version}, cluster {cluster.cluster_id}" in done.stdout
+    assert not cluster.running
 
 
 def test_every_runnable_command_of_the_operating_guide_runs_as_it_stands(tmp_path):
@@ -110,6 +131,42 @@ def test_every_runnable_command_of_the_operating_guide_runs_as_it_stands(tmp_pat
     assert "replayed: 1" in done.stdout
     assert "discarded: 1" in done.stdout
     assert "fresh" in done.stdout
+
+
+def test_every_runnable_command_of_the_page_about_kafka_runs_as_it_stands(tmp_path):
+    # Given a deployment on SQLite, which one of the page's sections moves
+    with a_checkout(tmp_path) as folder:
+        before = """printf 'x\n' > before.ndjson
+            streamveil publish before.ndjson
+            streamveil optout add +447700900800 --account acme --sender ACME
+            streamveil optout add +447700900801 --authority officer --reason CALL-2
+            """
+        page = ROOT / "docs" / "kafka.md"
+        done = run_script(folder, before + commands(page, "sh runnable"))
+        # Then what the page shows comes out
+        for shown in ("3 published (1 requests, 1 cdrs, 1 opaque)", "1 quarantine not_json", "1 refuse opted_out"):
+            assert shown in text_of(page)
+            assert shown in done.stderr
+        for shown in ('"stream": "cdr.anonymous"', '"state": "revealed"', "not_json", "opted out: 2 entries written"):
+            assert shown in done.stdout
+        # and who may not is told so
+        refused = run(folder / "streamveil-kafka", "streamveil", "tail", "cdr.pii", "--config", "gateway.toml")
+        assert refused.returncode == 1
+        said = re.search(r"ends with `(the brokers .+?)`", text_of(page).replace("\n", " "))[1]
+        assert refused.stderr.startswith(f"streamveil: {said}")
+        # and the opt-outs were carried over, with the senders that they name
+        assert done.stderr.count("4 opt-outs exported") == 2
+        moved = ("--account", "acme", "--channel", "sms", "--purpose", "marketing", "--config", "kafka.toml")
+        verdict = run(folder, "streamveil", "screen", "+447700900800", "--sender", "ACME", *moved)
+        assert '"opted_out"' in verdict.stdout
+
+
+def test_what_make_does_for_kafka_is_what_is_run_here():
+    for target, command in BROKER.items():
+        (recipe,) = re.findall(
+            rf"^{target.removeprefix('make ')}:.*\n\t(.*)$", text_of(ROOT / "Makefile"), re.MULTILINE
+        )
+        assert f"deploy/kafka/broker.py {command}" in recipe
 
 
 def test_every_command_that_is_named_exists():
@@ -189,13 +246,19 @@ def test_the_egress_example_says_in_one_line_that_there_is_no_log(tmp_path):
     assert done.stderr.count("\n") == 1
 
 
-def test_the_example_configuration_and_roles_are_valid_and_complete(tmp_path):
+def test_the_example_configurations_and_roles_are_valid_and_complete(tmp_path):
     examples = ROOT / "deploy" / "examples"
-    config = load(Namespace(config=str(examples / "streamveil.toml"), log=None))
+    config, on_kafka = (
+        load(Namespace(config=str(examples / name), log=None)) for name in ("streamveil.toml", "kafka.toml")
+    )
     assert (config.log_path.is_absolute(), config.kms_dir.is_absolute()) == (True, True)
-    assert config.roles_path == examples / "roles.toml"
-    for key in _File.__struct_fields__:
-        assert re.search(rf"^{key} = ", text_of(examples / "streamveil.toml"), re.MULTILINE), key
+    assert (on_kafka.log_path, len(on_kafka.kafka.servers), on_kafka.kafka.username) == (None, 3, "eu.worker")
+    assert config.watch == on_kafka.watch == ("127.0.0.1", 9464)
+    assert config.roles_path == on_kafka.roles_path == examples / "roles.toml"
+    written = [tomllib.loads(text_of(examples / name)) for name in ("streamveil.toml", "kafka.toml")]
+    for name, table in TABLES.items():
+        keys = {key for one in written for key in (one.get(name, {}) if name else one)}
+        assert keys == set(table.__struct_fields__), name
     assert principal(config.roles_path, tmp_path / "keys.db").grants == ()  # nobody here is that user
 
 
@@ -265,8 +328,11 @@ def test_the_reasons_of_verdicts_are_in_the_order_of_the_rules():
 
 def test_every_configuration_key_and_role_that_opens_something_is_documented():
     operating = text_of(ROOT / "docs" / "operating.md")
-    for key in _File.__struct_fields__:
-        assert f"\n| `{key}` |" in operating, key
+    for table in (_File, _KafkaTable):
+        for key in table.__struct_fields__:
+            assert f"\n| `{key}` |" in operating, key
+    for key in _WatchTable.__struct_fields__:
+        assert f"one key, `{key}`" in operating, key
     for role in ROLES & {role for row in CATALOG.values() if row.domain for role in row.readers}:
         assert f"`{role}`" in operating, role
 

@@ -3,11 +3,22 @@
 import asyncio
 import functools
 import time
+from contextlib import suppress
 
 import pytest
 from aiokafka import AIOKafkaConsumer
 from confluent_kafka import TopicPartition as Part
-from confluent_kafka.admin import AdminClient
+from confluent_kafka.admin import (
+    AclBinding,
+    AclOperation,
+    AclPermissionType,
+    AdminClient,
+    ResourcePatternType,
+    ResourceType,
+    ScramCredentialInfo,
+    ScramMechanism,
+    UserScramCredentialUpsertion,
+)
 
 from deploy.kafka.broker import Authority
 from schemas.errors import Fenced, KeysChanged, LogBusy, LogUnusable
@@ -407,6 +418,43 @@ async def test_each_way_to_be_turned_away_is_said_in_one_line(opened, kafka, tmp
     wrong.chmod(0o600)
     await refused(kafka._replace(password_path=wrong), LogUnusable, "is empty")
     await refused(kafka._replace(password_path=tmp_path), LogUnusable, "cannot be read")
+
+
+@run
+async def test_a_user_who_may_not_join_the_workers_hears_it_at_the_next_poll(opened, topics, broker, tmp_path):
+    user, password_file = _stranger(broker, topics.prefix, tmp_path)
+    admin = AdminClient(broker.client())
+    rights = [("TOPIC", "READ"), ("TOPIC", "DESCRIBE"), ("GROUP", "DESCRIBE"), ("TRANSACTIONAL_ID", "WRITE")]
+    acls = [
+        AclBinding(
+            ResourceType[kind], topics.prefix, ResourcePatternType.PREFIXED, f"User:{user}", "*",
+            AclOperation[operation], AclPermissionType.ALLOW,
+        )
+        for kind, operation in rights
+    ]  # fmt: skip
+    for done in admin.create_acls(acls).values():
+        done.result()
+    log = opened_log(opened, topics._replace(username=user, password_path=password_file))
+    consumer = log.consumer("w")
+
+    deadline_s = time.monotonic() + 30
+    with pytest.raises(LogUnusable, match="do not allow this to the user"):
+        while time.monotonic() < deadline_s:
+            with suppress(LogBusy):  # the user is that new
+                await consumer.poll(10, 0.2)
+
+
+def _stranger(broker, prefix, folder):
+    """Return a new user without rights, and the file with the password."""
+    admin = AdminClient(broker.client())
+    user, password_file = f"{prefix}stranger", folder / "stranger.password"
+    password_file.write_text("quite secret")
+    password_file.chmod(0o600)
+    mechanism = ScramCredentialInfo(ScramMechanism.SCRAM_SHA_512, 4096)
+    change = UserScramCredentialUpsertion(user, mechanism, b"quite secret")
+    for done in admin.alter_user_scram_credentials([change]).values():
+        done.result()
+    return user, password_file
 
 
 @run
