@@ -32,8 +32,9 @@ from tests.support.kafka import SETTINGS, config_file, settings
 from tests.support.proxy import Proxy
 
 PARTITIONS = 3
-SHORT, DEFAULT = (2.0, 4000), (10.0, 10_000)
-"""Seconds of a lease and milliseconds of a transaction: so that much happens in a short time, and as by default."""
+SHORT, DEFAULT, PATIENT = (2.0, 4000), (10.0, 10_000), (2.0, 60_000)
+"""Seconds of a lease and milliseconds of a transaction: so that much happens in a short time; as by default; and so
+that the only broker is back before it takes a transaction for dead (docs/faults.md, what is not covered)."""
 BATCH = 60
 MISSED = {"broker.session.timeout.ms": "3000", "broker.heartbeat.interval.ms": "500"}
 """So soon the others do without a broker that is gone."""
@@ -313,7 +314,7 @@ def killed_in_commit(site: Site) -> None:
     site.publishing()
     site.tend()
     site.progress()
-    points = site.chance.sample(COMMIT_POINTS, 4)
+    points = site.chance.sample(COMMIT_POINTS, 3)
     for turn, point in enumerate(points):
         site.kill(turn % 2)
         site.worker(turn % 2, struck(point, site.chance.randint(1, 4)))
@@ -363,15 +364,14 @@ def handed_over(site: Site) -> None:
 
 
 def broker_killed(site: Site) -> None:
-    """The only broker is killed -9 and started again, twice."""
+    """The only broker is killed -9 and started again."""
     site.publishing()
     site.tend()
     site.progress()
-    for _ in range(2):
-        site.cluster.kill(0)
-        site.work(2 * site.chance.random())
-        site.cluster.start_node(0)
-        site.progress()
+    site.cluster.kill(0)
+    site.work(2 * site.chance.random())
+    site.cluster.start_node(0)
+    site.progress()
 
 
 def one_of_three_away(site: Site) -> None:
@@ -399,7 +399,6 @@ def coordinator_moved(site: Site) -> None:
         site.progress()
         assert asyncio.run(_coordinator(site, kind, key)) != before
         site.cluster.start_node(before)
-        site.work(1 + site.chance.random())
 
 
 async def _coordinator(site: Site, kind: int, key: str) -> int:
@@ -423,25 +422,23 @@ def network_cut(site: Site) -> None:
 def network_stalled(site: Site) -> None:
     """In the middle of a commit some connections stall, and new ones do not: requests come late, and after others."""
     with _behind_proxy(site) as network:
-        for point in site.chance.sample(STALL_POINTS, 2):
-            site.kill(0)
-            worker = site.worker(0, struck(point, site.chance.randint(2, 5), signal.SIGSTOP))
-            eventually(lambda one=worker: is_stopped(one), "a worker in the middle of a commit")
-            network.stall_some()
-            worker.send_signal(signal.SIGCONT)
-            site.work(REQUEST_TIMEOUT_MS / 1000 + 0.3 + 0.5 * site.chance.random())
-            network.heal(late_s=0.4)
-            site.progress()
+        site.kill(0)
+        worker = site.worker(0, struck(site.chance.choice(STALL_POINTS), site.chance.randint(2, 5), signal.SIGSTOP))
+        eventually(lambda: is_stopped(worker), "a worker in the middle of a commit")
+        network.stall_some()
+        worker.send_signal(signal.SIGCONT)
+        site.work(REQUEST_TIMEOUT_MS / 1000 + 0.3 + 0.5 * site.chance.random())
+        network.heal(late_s=0.4)
+        site.progress()
         site.settle()
 
 
 def network_slow(site: Site) -> None:
     """Everything between workers and broker takes its time, more than the heartbeat of the group at times."""
     with _behind_proxy(site) as network:
-        for delay_s in (0.03, 0.1 + 0.2 * site.chance.random()):
-            network.slow(delay_s)
-            site.work(2)
-            site.progress()
+        network.slow(0.02 + 0.2 * site.chance.random())
+        site.work(3)
+        site.progress()
         network.heal()
         site.settle()
 
@@ -490,16 +487,15 @@ def disk_full(site: Site) -> None:
 
 
 def keys_locked(site: Site) -> None:
-    """Another process holds the key store's lock for seconds, twice; new people turn up meanwhile."""
+    """Another process holds the key store's lock for seconds; new people turn up meanwhile."""
     site.publishing()
     site.tend()
     site.progress()
-    for _ in range(2):
-        with closing(sqlite3.connect(site.data / "keys.db", isolation_level=None, timeout=30)) as other:
-            other.execute("BEGIN EXCLUSIVE")
-            site.work(SHORT[0] + 2 * site.chance.random())
-            other.execute("ROLLBACK")
-        site.progress()
+    with closing(sqlite3.connect(site.data / "keys.db", isolation_level=None, timeout=30)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        site.work(SHORT[0] + 2 * site.chance.random())
+        other.execute("ROLLBACK")
+    site.progress()
     site.settle()
     assert site.ends == {"stopped": 2}
 
@@ -521,14 +517,14 @@ SCHEDULES = {
         Schedule(killed_in_commit),
         Schedule(zombie),
         Schedule(handed_over, times=DEFAULT),
-        Schedule(broker_killed),
+        Schedule(broker_killed, times=PATIENT),
         Schedule(one_of_three_away, nodes=3),
         Schedule(coordinator_moved, nodes=3),
         Schedule(network_cut),
         Schedule(network_stalled, times=DEFAULT),
         Schedule(network_slow),
         Schedule(network_torn),
-        Schedule(disk_full, own_disk=True),
+        Schedule(disk_full, times=PATIENT, own_disk=True),
         Schedule(keys_locked),
     )
 }
