@@ -14,7 +14,7 @@ from processors.pipeline import Pipeline
 from processors.plan import Planner
 from processors.screen.suppression import Tokens
 from schemas.catalog import CATALOG
-from schemas.errors import InputInvalid, KeysUnusable
+from schemas.errors import InputInvalid, KeysUnusable, LogUnusable
 from streams.config import Config
 from streams.keys.cache import KeyCache, KeyLease
 from streams.keys.reveal import Revealer
@@ -43,9 +43,27 @@ async def open_log(config: Config, *, busy_s: float = BUSY_S) -> Log:
     return SqliteLog.open(config.log_path, partitions=config.partitions, lease_s=config.lease_s, busy_s=busy_s)
 
 
+@asynccontextmanager
+async def reading(config: Config) -> AsyncIterator[Log]:
+    """Open the log alone, for whoever needs no key. Raises InputInvalid if there is none."""
+    if config.log_path is not None and not config.log_path.exists():
+        raise InputInvalid("there is no log here yet; publish something first", log=str(config.log_path))
+    log = await open_log(config)
+    try:
+        yield log
+    finally:
+        await log.close()
+
+
 async def _has_outputs(log: Log) -> bool:
-    """Return whether workers ever wrote anything."""
-    return any([any(await log.end_offsets(stream.name)) for stream in CATALOG.values() if "worker" in stream.writers])
+    """Return whether workers ever wrote anything. Raises KeysUnusable to whoever may not see that."""
+    try:
+        ends = [await log.end_offsets(row.name) for row in CATALOG.values() if "worker" in row.writers]
+    except LogUnusable as error:
+        raise KeysUnusable(
+            f"there is no key store here, and only workers may make one: set `data` to its folder ({error})"
+        ) from None
+    return any(map(any, ends))
 
 
 class Deployment:

@@ -5,7 +5,7 @@ import asyncio
 import re
 import sys
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -15,7 +15,7 @@ from schemas.catalog import CATALOG, INPUTS
 from schemas.errors import InputInvalid
 from schemas.fields import REASON
 from streams.config import load
-from streams.deployment import Deployment
+from streams.deployment import Deployment, reading
 from streams.keys.reveal import Revealed
 from streams.log.protocol import Log, Stored
 
@@ -56,23 +56,25 @@ def _run(args: argparse.Namespace) -> int:
 
 
 async def _show(args: argparse.Namespace) -> None:
-    async with Deployment.open(load(args), create=False) as deployment:
-        await _write(args, deployment)
+    config = load(args)
+    if not args.reveal:  # keys are for whoever opens
+        async with reading(config) as log:
+            async for page in _pages(log, args):
+                _print(page, [None] * len(page), args)
+        return
+    async with Deployment.open(config, create=False) as deployment:
+        revealer = deployment.revealer()
+        async for page in _pages(deployment.log, args):
+            _print(page, await revealer.reveal(page, args.reason), args)
 
 
-async def _write(args: argparse.Namespace, deployment: Deployment) -> None:
-    revealer = deployment.revealer() if args.reveal else None
-    async for page in _pages(deployment.log, args):
-        revealed: list[Revealed] | list[None] = [None] * len(page)
-        if revealer is not None:
-            revealed = await revealer.reveal(page, args.reason)
-        for stored, opened in zip(page, revealed, strict=True):
-            line = _shown(stored, opened)
-            if args.json:
-                sys.stdout.buffer.write(orjson.dumps(line) + b"\n")
-            else:
-                sys.stdout.buffer.write(orjson.dumps(line, option=orjson.OPT_INDENT_2) + b"\n")
-        sys.stdout.buffer.flush()
+def _print(page: list[Stored], revealed: Sequence[Revealed | None], args: argparse.Namespace) -> None:
+    """Write the records of a page, and what was opened of them, to standard output."""
+    for stored, opened in zip(page, revealed, strict=True):
+        line = _shown(stored, opened)
+        option = None if args.json else orjson.OPT_INDENT_2
+        sys.stdout.buffer.write(orjson.dumps(line, option=option) + b"\n")
+    sys.stdout.buffer.flush()
 
 
 async def _pages(log: Log, args: argparse.Namespace) -> AsyncIterator[list[Stored]]:

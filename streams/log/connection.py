@@ -86,7 +86,7 @@ class Code:
     PRODUCER_FENCED = 90
 
 
-FENCED: Final = frozenset({Code.INVALID_PRODUCER_EPOCH, Code.INVALID_PRODUCER_ID_MAPPING, Code.PRODUCER_FENCED})
+FENCED: Final = frozenset({Code.INVALID_PRODUCER_EPOCH, Code.PRODUCER_FENCED})
 MOVED: Final = frozenset({Code.COORDINATOR_NOT_AVAILABLE, Code.NOT_COORDINATOR})
 _FORBIDDEN = (
     "the brokers do not allow this to the user of [kafka]: use the right one, or run `streamveil streams apply`"
@@ -113,6 +113,8 @@ def refusal(code: int, **where: str | int) -> StreamveilError:
         return Fenced(None, **where)
     if code in _UNUSABLE:
         return LogUnusable(_UNUSABLE[code], **where)
+    if code == Code.INVALID_PRODUCER_ID_MAPPING:  # after transactional.id.expiration.ms without a transaction
+        return LogBusy("the brokers have forgotten this writer, which was silent for long; it begins anew", **where)
     if code == Code.KAFKA_STORAGE_ERROR:
         return LogFull("a disk of the brokers is full or fails: free some space", code=code, **where)
     return LogBusy("the brokers cannot do this now", code=code, **where)

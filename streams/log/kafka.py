@@ -92,16 +92,19 @@ class KafkaLog:
             writer_id, offsets = self._publish_id(name), await self._bookmark_offsets(name, mark)
         async with self._writing:
             writer = self._writers.setdefault(writer_id, Writer(self.connection, writer_id))
-            if not writer.usable:
-                await writer.fence()
-            try:
-                await writer.write(messages, offsets)
-            except LogBusy as error:
-                if writer.in_doubt:
-                    raise LogUnusable(
-                        "the brokers did not say whether the last write was done: look before you repeat it"
-                    ) from error
-                raise
+            for tries_left in (1, 0):  # a writer that was silent for long is forgotten, and begins anew
+                if not writer.usable:
+                    await writer.fence()
+                try:
+                    await writer.write(messages, offsets)
+                    break
+                except LogBusy as error:
+                    if writer.in_doubt:
+                        raise LogUnusable(
+                            "the brokers did not say whether the last write was done: look before you repeat it"
+                        ) from error
+                    if not tries_left:
+                        raise
             await writer.fence()  # not before all partitions show what was committed
 
     async def placed(self, outputs: Sequence[Output]) -> dict[Place, list[Message]]:
@@ -375,7 +378,7 @@ class KafkaConsumer:
                 held.add(found[place], now_s)
 
     async def commit(self, batch: Batch, outputs: Sequence[Output], check: Callable[[], None]) -> None:
-        """Write all outputs and the batch's offsets, or nothing; durable and visible on return.
+        """Write all outputs and the batch's offsets, or nothing; durable on return, and visible to whoever reads after.
 
         `check` is called at the last moment before the commit; if it raises, nothing is written. Raises Fenced when
         the partition belongs to another consumer or the batch is not the next one, and LogBusy when the brokers did

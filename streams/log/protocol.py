@@ -92,7 +92,7 @@ class Consumer(Protocol):
         """
 
     async def commit(self, batch: Batch, outputs: Sequence[Output], check: Callable[[], None]) -> None:
-        """Write all outputs and the batch's offsets, or nothing; durable and visible on return.
+        """Write all outputs and the batch's offsets, or nothing; durable on return, and visible to whoever reads after.
 
         `check` is called at the last moment at which nothing is visible yet; if it raises, nothing is written.
         Raises Fenced when the lease was lost or the batch is not the next one.

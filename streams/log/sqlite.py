@@ -577,7 +577,7 @@ class SqliteConsumer:
         self._beat_at = now + self._log.lease_s / 5
 
     async def commit(self, batch: Batch, outputs: Sequence[Output], check: Callable[[], None]) -> None:
-        """Write all outputs and the batch's offsets, or nothing; durable and visible on return.
+        """Write all outputs and the batch's offsets, or nothing; durable on return, and visible to whoever reads after.
 
         `check` is called at the last moment before the commit; if it raises, nothing is written. Raises
         Fenced when the lease was lost or the batch is not the next one.

@@ -193,7 +193,7 @@ def test_a_message_above_the_size_of_a_batch_goes_alone():
 
 
 @pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("code", [Code.INVALID_PRODUCER_EPOCH, Code.INVALID_PRODUCER_ID_MAPPING, Code.PRODUCER_FENCED])
+@pytest.mark.parametrize("code", [Code.INVALID_PRODUCER_EPOCH, Code.PRODUCER_FENCED])
 def test_whoever_hears_of_a_newer_writer_at_any_step_is_fenced_and_writes_no_more(step, code):
     brokers = Brokers()
     brokers.will(step, code)
@@ -209,6 +209,24 @@ def test_whoever_hears_of_a_newer_writer_at_any_step_is_fenced_and_writes_no_mor
 
     asyncio.run(run())
     assert brokers.committed == []
+
+
+def test_a_writer_that_was_forgotten_after_a_long_silence_begins_anew():
+    brokers = Brokers()
+    brokers.will(AddPartitionsToTxnRequest, Code.INVALID_PRODUCER_ID_MAPPING)
+
+    async def run():
+        writer = Writer(brokers, "id")
+        await writer.fence()
+        with pytest.raises(LogBusy, match="forgotten"):
+            await writer.write({PLACE: messages(b"a")}, READ)
+        assert not writer.usable
+        assert not writer.in_doubt
+        await writer.fence()
+        await writer.write({PLACE: messages(b"a")}, READ)
+
+    asyncio.run(run())
+    assert values(brokers) == [b"a"]
 
 
 @pytest.mark.parametrize("step", [one for one in STEPS if one is not ProduceRequest])
