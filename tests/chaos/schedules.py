@@ -363,14 +363,15 @@ def handed_over(site: Site) -> None:
 
 
 def broker_killed(site: Site) -> None:
-    """The only broker is killed -9 and started again."""
+    """A broker is killed -9 and started again at once, and then another one."""
     site.publishing()
     site.tend()
     site.progress()
-    site.cluster.kill(0)
-    site.work(2 * site.chance.random())
-    site.cluster.start_node(0)
-    site.progress()
+    for node in site.chance.sample(range(3), 2):
+        site.cluster.kill(node)
+        site.work(site.chance.random())
+        site.cluster.start_node(node)
+        site.progress()
 
 
 def one_of_three_away(site: Site) -> None:
@@ -516,7 +517,7 @@ SCHEDULES = {
         Schedule(killed_in_commit),
         Schedule(zombie),
         Schedule(handed_over, times=DEFAULT),
-        Schedule(broker_killed, times=PATIENT),
+        Schedule(broker_killed, nodes=3),
         Schedule(one_of_three_away, nodes=3),
         Schedule(coordinator_moved, nodes=3),
         Schedule(network_cut),
