@@ -300,10 +300,9 @@ class Connection:
                 return len(found)
             if topic in client.cluster.unauthorized_topics:
                 raise LogUnusable(_FORBIDDEN, topic=topic)
-            await client.force_metadata_update()
-            await asyncio.sleep(RETRY_S / 2)
-            if not client.cluster.brokers():
+            if not await client.force_metadata_update():
                 raise LogBusy("no broker answers", topic=topic)
+            await asyncio.sleep(RETRY_S / 2)
         raise LogUnusable(_MISSING, topic=topic)
 
     async def leaders(self, places: Sequence[Place]) -> dict[int, list[Place]]:

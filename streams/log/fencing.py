@@ -6,6 +6,7 @@
 Rules of this file:
 - What the coordinator answers decides. An answer that did not come is asked for again until the deadline; after it the
   writer is not used again before `fence`, which settles what was open: it is committed if that had been decided.
+- A request that was repeated may arrive twice, the second time in a later transaction. So after it the writer fences.
 - A writer that hears that a newer one exists raises Fenced, and is never used again. The coordinator says the same of a
   transaction that took longer than its time-out; a writer gives up before that.
 - The protocol is that of KIP-98 as aiokafka's classes speak it. aiokafka's own producer is not used: it keeps a client
@@ -64,6 +65,7 @@ class Writer:
         self._producer: int | None = None
         self._sequences: dict[Place, int] = {}
         self._deadline_s = 0.0
+        self._unanswered = False
         self.epoch = -1
         self.in_doubt = False
         """Whether the last `write` that failed may be found committed."""
@@ -99,7 +101,7 @@ class Writer:
             raise ValueError("fence first")
         if not messages and offsets is None:
             return
-        self.in_doubt = False
+        self.in_doubt = self._unanswered = False
         self._deadline_s = time.monotonic() + 0.8 * self._timeout_ms / 1000
         try:
             await self._fill(messages, offsets)
@@ -116,6 +118,8 @@ class Writer:
         except BaseException:
             await self._give_up()
             raise
+        if self._unanswered:  # what was repeated may come late: no later transaction may take it for its own
+            self._producer = None
         if objection is not None:
             raise objection
 
@@ -236,6 +240,7 @@ class Writer:
             try:
                 answer = await self._connection.ask_coordinator(kind, key, request())
             except LogBusy:
+                self._unanswered = True
                 await asyncio.sleep(max(pause_s, 0.02))
                 continue
             code = _first_code(answer)

@@ -105,7 +105,8 @@ class KafkaLog:
                         ) from error
                     if not tries_left:
                         raise
-            await writer.fence()  # not before all partitions show what was committed
+            with suppress(LogBusy):  # it is written, whatever this says; the next one fences again
+                await writer.fence()  # not before all partitions show what was committed
 
     async def placed(self, outputs: Sequence[Output]) -> dict[Place, list[Message]]:
         """Return the messages by topic and partition. Raises ValueError for a stream or partition that there is not."""
@@ -406,6 +407,8 @@ class KafkaConsumer:
         held.done(batch, time.monotonic())
         self._outstanding = None
         self._quiet.set()
+        if not held.writer.usable:
+            self._settle(place)
 
     def _settle(self, place: Place) -> None:
         """Have a partition opened anew: whether its last batch was committed is for the brokers to say."""

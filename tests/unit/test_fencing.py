@@ -331,6 +331,7 @@ def test_a_commit_whose_answer_was_lost_is_not_done_twice():
 
     assert values(brokers) == [b"a"]
     assert not writer.in_doubt
+    assert not writer.usable, "the request that got no answer may arrive in the next transaction"
 
 
 def test_a_message_that_cannot_be_packed_writes_nothing():
