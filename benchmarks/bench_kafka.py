@@ -31,7 +31,7 @@ from streams.worker.supervisor import run_one
 PARTS = ("cost", "rates", "commit", "memory")
 RECORDS = 4000 if SMOKE else 100_000
 SECONDS = 1 if SMOKE else 20
-RATES = (500,) if SMOKE else (5_000, 10_000, 15_000, 20_000, 25_000, 30_000)
+RATES = (500,) if SMOKE else (5_000, 10_000, 15_000, 18_000, 20_000, 25_000, 30_000, 35_000)
 COMMIT_EVERY_MS = (20,) if SMOKE else (0, 5, 20, 50, 100, 200)
 MEMORY_RECORDS = 20_000 if SMOKE else 10_000_000
 PEOPLE = 5_000

@@ -34,7 +34,7 @@ class _KafkaTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     prefix: _Prefix = ""
     replication: Annotated[int, msgspec.Meta(ge=1, le=15)] = 3
     min_insync: Annotated[int, msgspec.Meta(ge=1, le=15)] = 2
-    commit_every_ms: Annotated[int, msgspec.Meta(ge=0, le=10_000)] = 20
+    commit_every_ms: Annotated[int, msgspec.Meta(ge=0, le=10_000)] = 50
     transaction_timeout_ms: Annotated[int, msgspec.Meta(ge=1000, le=60_000)] = 10_000
 
 
