@@ -87,6 +87,8 @@ class Deployment:
         """
         if not create and config.log_path is not None and not config.log_path.exists():
             raise InputInvalid("there is no log here yet; publish something first", log=str(config.log_path))
+        if not create and config.kafka is not None and not config.keys_path.exists():
+            raise InputInvalid("there is no key store here; set `data` to its folder", file=str(config.keys_path))
         log = await open_log(config, busy_s=busy_s)
         try:
             if not config.keys_path.exists() and await _has_outputs(log):

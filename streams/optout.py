@@ -317,7 +317,9 @@ class OptOuts:
         ends = await log.end_offsets(STREAM)
         for partition, offset in enumerate(await log.begin_offsets(STREAM)):
             at = offset
-            while at < ends[partition] and (page := await log.read(STREAM, partition, at, CHUNK_LINES)):
+            while at < ends[partition] and (
+                page := await log.read(STREAM, partition, at, CHUNK_LINES, ends[partition])
+            ):
                 latest.update((stored.key or b"", stored) for stored in page)
                 at = page[-1].offset + 1
         found = []

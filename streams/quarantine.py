@@ -61,7 +61,7 @@ async def entries(log: Log) -> list[Entry]:
     ends = await log.end_offsets(STREAM)
     for partition, begin in enumerate(await log.begin_offsets(STREAM)):
         at = begin
-        while at < ends[partition] and (page := await log.read(STREAM, partition, at, _PAGE)):
+        while at < ends[partition] and (page := await log.read(STREAM, partition, at, _PAGE, ends[partition])):
             for stored in page:
                 try:
                     _fold(found, stored)

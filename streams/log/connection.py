@@ -14,6 +14,7 @@ import ssl
 import stat
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple, ParamSpec, Protocol, TypeVar
 
@@ -40,6 +41,7 @@ REQUEST_TIMEOUT_MS: Final = 4000
 METADATA_TRIES: Final = 50
 RETRY_S: Final = 0.05
 PATIENCE_S: Final = 3.0
+CLOSE_S: Final = 3.0
 FETCH_BYTES: Final = 2_000_000
 """Of one partition in one answer; a bigger record comes alone."""
 
@@ -81,6 +83,7 @@ class Code:
     INVALID_PRODUCER_EPOCH = 47
     INVALID_PRODUCER_ID_MAPPING = 49
     CONCURRENT_TRANSACTIONS = 51
+    OPERATION_NOT_ATTEMPTED = 55  # of the others, when one is refused
     KAFKA_STORAGE_ERROR = 56
     UNSTABLE_OFFSET_COMMIT = 88
     PRODUCER_FENCED = 90
@@ -281,8 +284,8 @@ class Connection:
     async def close(self) -> None:
         """Close all connections; idempotent."""
         if self._client is not None:
-            await self._client.close()
-            self._client = None
+            client, self._client = self._client, None
+            await closed(client)
 
     # --- where things are ---------------------------------------------------------------------------------------
 
@@ -333,8 +336,8 @@ class Connection:
         client = await self.client()
         try:
             node = await client.coordinator_lookup(kind, key)
-        except KafkaError as error:
-            raise refusal(getattr(error, "errno", Code.COORDINATOR_NOT_AVAILABLE)) from None
+        except (KafkaError, AssertionError, KeyError, OSError, TimeoutError) as error:
+            raise refusal(getattr(error, "errno", None) or Code.COORDINATOR_NOT_AVAILABLE) from None
         self._coordinators[kind, key] = node
         return int(node)
 
@@ -348,7 +351,7 @@ class Connection:
         client = await self.client()
         try:
             answer: _Answer = await client.send(node, request, group=group)
-        except (KafkaError, OSError, TimeoutError):
+        except (KafkaError, KeyError, OSError, TimeoutError):  # KeyError: the connection was closed meanwhile
             self.stale()
             raise LogBusy("a broker does not answer", broker=node) from None
         return answer
@@ -423,7 +426,13 @@ class Connection:
                 if code == Code.OFFSET_OUT_OF_RANGE:
                     raise OffsetGone(place)
                 self._check(code, topic, partition)
-                messages, offsets, next_offset = _unpacked(records, aborted, starts[place])
+                try:
+                    messages, offsets, next_offset = _unpacked(records, aborted, starts[place])
+                except (KafkaError, ValueError, RuntimeError, AssertionError):
+                    raise LogUnusable(
+                        "records cannot be read: are they damaged, or compressed in a way that is not installed?",
+                        topic=topic, partition=partition, offset=starts[place],
+                    ) from None  # fmt: skip
                 found[place] = Fetched(messages, offsets, next_offset, high_watermark, last_stable)
         return found
 
@@ -431,6 +440,20 @@ class Connection:
         if code:
             self.stale()
             raise refusal(code, topic=topic, partition=partition)
+
+
+async def closed(client: AIOKafkaClient) -> None:
+    """Close a client; a connection to a broker that is gone is not waited for longer than `CLOSE_S`."""
+    with suppress(TimeoutError):
+        await asyncio.wait_for(client.close(), CLOSE_S)
+
+
+async def all_of(awaitables: Sequence[Awaitable[None]]) -> None:
+    """Wait for all; raise the first error, Fenced before others, when none is under way any more."""
+    found = await asyncio.gather(*awaitables, return_exceptions=True)
+    errors = [one for one in found if isinstance(one, BaseException)]
+    if errors:
+        raise next((one for one in errors if isinstance(one, Fenced)), errors[0])
 
 
 class OffsetGone(Exception):

@@ -15,7 +15,7 @@ Rules of this file:
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final, NamedTuple
 
@@ -32,7 +32,7 @@ from aiokafka.record.default_records import DefaultRecordBatchBuilder
 
 from schemas.errors import Fenced, LogBusy, LogFull, LogUnusable
 from schemas.outbound import Headers, Message
-from streams.log.connection import MOVED, Code, Connection, Place, refusal
+from streams.log.connection import MOVED, Code, Connection, Place, all_of, refusal
 
 BATCH_BYTES: Final = 900_000
 """Messages of one partition go in batches of at most so much, below the brokers' default limit of 1 MiB; more if one
@@ -148,9 +148,9 @@ class Writer:
         rounds = max(map(len, pieces.values()), default=0)
         for number in range(rounds):  # one batch of each place at a time: they must come in order
             writing.append(self._produce({place: some[number] for place, some in pieces.items() if number < len(some)}))
-            await _all(writing)
+            await all_of(writing)
             writing = []
-        await _all(writing)
+        await all_of(writing)
 
     def _packed(self, place: Place, messages: Sequence[Message]) -> Iterator[bytearray]:
         """Yield record batches of up to `BATCH_BYTES` with their sequence numbers. About 0.8 µs a message."""
@@ -238,8 +238,9 @@ class Writer:
         code = Code.COORDINATOR_NOT_AVAILABLE
         for pause_s in _pauses(self._deadline_s):
             try:
-                answer = await self._connection.ask_coordinator(kind, key, request())
-            except LogBusy:
+                asking = self._connection.ask_coordinator(kind, key, request())
+                answer = await asyncio.wait_for(asking, max(0.1, self._deadline_s - time.monotonic()))
+            except (LogBusy, TimeoutError):
                 self._unanswered = True
                 await asyncio.sleep(max(pause_s, 0.02))
                 continue
@@ -262,7 +263,7 @@ def _first_code(answer: Any) -> int:
     if hasattr(answer, "error_code"):
         return int(answer.error_code)
     codes = [code for _, parts in answer.errors for _, code in parts]
-    return next((code for code in codes if code), Code.NONE)
+    return next((code for code in codes if code and code != Code.OPERATION_NOT_ATTEMPTED), max(codes, default=0))
 
 
 def _objection(check: Callable[[], None] | None) -> Exception | None:
@@ -286,11 +287,3 @@ def _pauses(deadline_s: float) -> Iterator[float]:
     while not tries or time.monotonic() < deadline_s:
         yield _PAUSES_S[min(tries, len(_PAUSES_S) - 1)]
         tries += 1
-
-
-async def _all(awaitables: Sequence[Awaitable[None]]) -> None:
-    """Wait for all; raise the first error, when none is under way any more."""
-    found = await asyncio.gather(*awaitables, return_exceptions=True)
-    errors = [one for one in found if isinstance(one, BaseException)]
-    if errors:
-        raise next((one for one in errors if isinstance(one, Fenced)), errors[0])

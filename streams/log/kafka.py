@@ -29,7 +29,18 @@ from aiokafka.protocol.group import LeaveGroupRequest
 from schemas.catalog import BOOKMARKED, CATALOG, INPUTS
 from schemas.errors import Fenced, LogBusy, LogUnusable, Retriable
 from streams.config import Kafka
-from streams.log.connection import EARLIEST, LATEST, Connection, Fetched, OffsetGone, Place, patient, refusal
+from streams.log.connection import (
+    EARLIEST,
+    LATEST,
+    Connection,
+    Fetched,
+    OffsetGone,
+    Place,
+    all_of,
+    closed,
+    patient,
+    refusal,
+)
 from streams.log.fencing import Offsets, Writer
 from streams.log.protocol import Batch, Bookmark, Message, Output, Stored
 
@@ -148,10 +159,11 @@ class KafkaLog:
 
     # --- reading ------------------------------------------------------------------------------------------------
 
-    async def read(self, stream: str, partition: int, offset: int, limit: int) -> list[Stored]:
+    async def read(self, stream: str, partition: int, offset: int, limit: int, until: int = 0) -> list[Stored]:
         """Return up to `limit` committed messages from `offset` on, in order; empty at the end.
 
         What is decided becomes visible a moment after: waits up to `UNDECIDED_S` for what was written before the call.
+        Raises LogBusy if not all before `until` is decided then, or not seen by the broker that is asked.
         """
         place = Place(await self.topic(stream), partition)
         taken: list[Stored] = []
@@ -159,9 +171,13 @@ class KafkaLog:
         deadline_s = time.monotonic() + UNDECIDED_S
         while len(taken) < limit:
             found = await self._page(place, offset)
-            written = found.high_watermark if written is None else written
             if found.next_offset == offset:
-                if found.last_stable >= written or time.monotonic() > deadline_s:
+                written = max(until, found.high_watermark) if written is None else written
+                if found.last_stable >= written:
+                    break
+                if time.monotonic() > deadline_s:
+                    if found.last_stable < until:
+                        raise LogBusy("not all that was written can be read yet", stream=stream, partition=partition)
                     break
                 await asyncio.sleep(_LOOK_S)
                 continue
@@ -281,7 +297,11 @@ class KafkaConsumer:
         deadline_s = time.monotonic() + timeout_s
         if self._membership is None:
             self._membership = await self._joined()
-        self._membership.polled()
+        try:
+            self._membership.polled()
+        except LogBusy:
+            await self._join_anew()
+            raise
         if self._outstanding is not None:
             await asyncio.sleep(_LOOK_S)  # let the heartbeat through
             return self._outstanding[1]
@@ -293,6 +313,14 @@ class KafkaConsumer:
                 return self._served(place, max_records)
             if deadline_s <= time.monotonic():
                 return None
+
+    async def _join_anew(self) -> None:
+        """Leave the group; the next poll joins it again."""
+        membership, self._membership = self._membership, None
+        self._held, self._outstanding = {}, None
+        self._quiet.set()
+        if membership is not None:
+            await membership.leave()
 
     def _served(self, place: Place, max_records: int) -> Batch:
         held = self._held[place]
@@ -317,7 +345,7 @@ class KafkaConsumer:
         writers = [
             Writer(self._connection, f"{self.group}.{self._streams[place.topic]}.{place.partition}") for place in new
         ]
-        await asyncio.gather(*[writer.fence() for writer in writers])
+        await all_of([writer.fence() for writer in writers])
         committed = await patient(self._connection.committed)(self.group, new)
         begins = {topic: await self._connection.offsets(topic, EARLIEST) for topic in {place.topic for place in new}}
         for place, writer in zip(new, writers, strict=True):
@@ -363,7 +391,7 @@ class KafkaConsumer:
             return
         by_leader = await self._connection.leaders(wanted)
         wait_ms = wait_ms if len(by_leader) == 1 else min(wait_ms, IDLE_FETCH_MS // 5)
-        await asyncio.gather(*[self._fetch_from(node, places, wait_ms) for node, places in by_leader.items()])
+        await all_of([self._fetch_from(node, places, wait_ms) for node, places in by_leader.items()])
 
     async def _fetch_from(self, node: int, places: list[Place], wait_ms: int) -> None:
         before = {place: held for place in places if (held := self._held.get(place)) is not None}
@@ -371,11 +399,13 @@ class KafkaConsumer:
         try:
             found = await self._connection.fetch(node, wanted, wait_ms)
         except OffsetGone as gone:
-            self._held[gone.place] = None  # opened anew, at the first offset that there is
+            if self._held.get(gone.place) is before[gone.place]:
+                self._held[gone.place] = None  # opened anew, at the first offset that there is
             return
         now_s = time.monotonic()
-        for place, held in before.items():
-            if self._held.get(place) is held and place in found:
+        for place, offset in wanted:
+            held = before[place]
+            if self._held.get(place) is held and held.fetched == offset and place in found:
                 held.add(found[place], now_s)
 
     async def commit(self, batch: Batch, outputs: Sequence[Output], check: Callable[[], None]) -> None:
@@ -432,7 +462,8 @@ class KafkaConsumer:
         found = [max(begin, committed[place][0]) for begin, place in zip(begins, places, strict=True)]
         for place, end in zip(places, ends, strict=True):
             offset = found[place.partition]
-            if 0 < end - offset <= _MARKS and await self._nothing_before(place, offset, end):
+            near = stable or end - offset <= _MARKS
+            if offset < end and near and await self._nothing_before(place, offset, end):
                 found[place.partition] = end
         return found
 
@@ -460,7 +491,10 @@ class KafkaConsumer:
         """Return whether from an offset to an end there are only marks of transactions, and none is open."""
         while offset < end:
             for node in await self._connection.leaders([place]):
-                found = (await self._connection.fetch(node, [(place, offset)], 0))[place]
+                try:
+                    found = (await self._connection.fetch(node, [(place, offset)], 0))[place]
+                except OffsetGone:
+                    return False
                 if found.messages or found.next_offset == offset:
                     return False
                 offset = found.next_offset
@@ -541,6 +575,8 @@ class _Membership(ConsumerRebalanceListener):  # type: ignore[misc]
             self._coordinator.check_errors()
         except KafkaError as error:
             raise refusal(getattr(error, "errno", -1)) from None
+        except (Exception, asyncio.CancelledError):  # of a task of aiokafka's that ended; not of this one
+            raise LogBusy("membership in the group of workers was lost") from None
 
     async def on_partitions_revoked(self, revoked: set[Place]) -> None:
         if revoked:
@@ -556,12 +592,12 @@ class _Membership(ConsumerRebalanceListener):  # type: ignore[misc]
         self._leaving = True
         coordinator = self._coordinator
         node, member = coordinator.coordinator_id, coordinator.member_id
-        with suppress(TimeoutError, KafkaError):
+        with suppress(Exception):  # whatever its tasks ended with
             await asyncio.wait_for(coordinator.close(), _LEAVE_S)
         coordinator.reset_generation()  # ends the heartbeat
-        with suppress(KafkaError, TimeoutError):  # if this fails, the session runs out
+        with suppress(Exception):  # if this fails, the session runs out
             if node is not None and member:
                 request = LeaveGroupRequest(coordinator.group_id, member)
                 leaving = self._client.send(node, request, group=ConnectionGroup.COORDINATION)
                 await asyncio.wait_for(leaving, _LEAVE_S)
-        await self._client.close()
+        await closed(self._client)

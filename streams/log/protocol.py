@@ -59,8 +59,11 @@ class Log(Protocol):
     async def bookmark(self, name: str) -> Bookmark | None:
         """Return a bookmark that was written with `append`, if any."""
 
-    async def read(self, stream: str, partition: int, offset: int, limit: int) -> list[Stored]:
-        """Return up to `limit` committed messages from `offset` on, in order; empty at the end."""
+    async def read(self, stream: str, partition: int, offset: int, limit: int, until: int = 0) -> list[Stored]:
+        """Return up to `limit` committed messages from `offset` on, in order; empty at the end.
+
+        Raises LogBusy if something before `until`, an end that was seen, cannot be seen now.
+        """
 
     async def begin_offsets(self, stream: str) -> list[int]:
         """Return the first offset that can still be read, per partition."""

@@ -397,7 +397,7 @@ class SqliteLog:
             ).fetchone()
         return Bookmark(*found) if found else None
 
-    async def read(self, stream: str, partition: int, offset: int, limit: int) -> list[Stored]:
+    async def read(self, stream: str, partition: int, offset: int, limit: int, until: int = 0) -> list[Stored]:  # noqa: ARG002
         """Return up to `limit` committed messages from `offset` on, in order; empty at the end."""
         if limit <= 0:
             return []

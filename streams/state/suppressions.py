@@ -41,7 +41,7 @@ class SuppressionTail:
         count = 0
         for partition, end in enumerate(ends):
             while self._next[partition] < end:
-                page = await self._log.read(STREAM, partition, self._next[partition], _PAGE)
+                page = await self._log.read(STREAM, partition, self._next[partition], _PAGE, end)
                 for stored in page:
                     self._apply(stored.key, stored.value, partition, stored.offset)
                 self._next[partition] = page[-1].offset + 1 if page else end  # the rest is no message
