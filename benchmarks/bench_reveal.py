@@ -6,8 +6,9 @@ import time
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from benchmarks import bench_log
+from benchmarks.bench_log import config_in
 from benchmarks.common import SMOKE, best_us, report, results
+from benchmarks.flow import publish
 from streams.deployment import Deployment
 from streams.keys.reveal import State
 from streams.worker.supervisor import run_one
@@ -41,10 +42,9 @@ async def opened(config) -> dict[str, object]:
 
 
 def main() -> None:
-    bench_log.RECORDS = 4000 if SMOKE else 40_000
     with tempfile.TemporaryDirectory(dir=results()) as folder:
-        config = bench_log.config_in(folder, "reveal")
-        asyncio.run(bench_log.publish(config, "sms request", 5_000))
+        config = config_in(folder, "reveal")
+        asyncio.run(publish(config, "sms request", 5_000, 4000 if SMOKE else 40_000))
         asyncio.run(run_one(config, until_idle=True))
         report([asyncio.run(opened(config))])
 
