@@ -246,7 +246,7 @@ class Connection:
         try:
             await client.bootstrap()
         except KafkaError:
-            await client.close()
+            await closed(client)
             raise await self._why_not(options) from None
         return client
 

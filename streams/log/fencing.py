@@ -92,10 +92,10 @@ class Writer:
         offsets: Offsets | None,
         check: Callable[[], None] | None = None,
     ) -> None:
-        """Write all messages and the offsets, or nothing; durable and visible to `read_committed` on return.
+        """Write all messages and the offsets, or nothing; durable on return, and visible a moment after.
 
-        `check` is called when nothing but the decision is left. If it raises, nothing becomes visible and the writer is
-        as before. Raises Fenced; LogBusy or LogUnusable, and then it may be that `fence` finds all of it committed.
+        `check` is called when nothing but the decision is left. If it raises, nothing becomes visible.
+        Raises Fenced; LogBusy or LogUnusable, and then it may be that `fence` finds all of it committed.
         """
         if self._producer is None:
             raise ValueError("fence first")

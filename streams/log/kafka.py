@@ -233,7 +233,7 @@ class KafkaLog:
 class _Partition:
     """An input partition that this consumer holds: its writer, what was read of it, and where it stands."""
 
-    __slots__ = ("fetched", "messages", "next_offset", "offset", "offsets", "since_s", "writer")
+    __slots__ = ("fetched", "messages", "offset", "offsets", "since_s", "writer")
 
     def __init__(self, writer: Writer, offset: int) -> None:
         self.writer = writer
@@ -317,8 +317,7 @@ class KafkaConsumer:
     async def _join_anew(self) -> None:
         """Leave the group; the next poll joins it again."""
         membership, self._membership = self._membership, None
-        self._held, self._outstanding = {}, None
-        self._quiet.set()
+        self._let_go()
         if membership is not None:
             await membership.leave()
 
@@ -435,8 +434,7 @@ class KafkaConsumer:
             await self._end()
             raise Fenced(stream=batch.stream, partition=batch.partition, offset=batch.offset) from None
         held.done(batch, time.monotonic())
-        self._outstanding = None
-        self._quiet.set()
+        self._over()
         if not held.writer.usable:
             self._settle(place)
 
@@ -444,8 +442,17 @@ class KafkaConsumer:
         """Have a partition opened anew: whether its last batch was committed is for the brokers to say."""
         if place in self._held:
             self._held[place] = None
+        self._over()
+
+    def _over(self) -> None:
+        """Take note that no batch is under way any more."""
         self._outstanding = None
         self._quiet.set()
+
+    def _let_go(self) -> None:
+        """Forget all partitions, and the batch under way."""
+        self._held = {}
+        self._over()
 
     async def committed_offsets(self, stream: str) -> list[int]:
         """Return the next offset to be committed of an input stream, per partition, by whichever worker.
@@ -511,9 +518,7 @@ class KafkaConsumer:
 
     async def _end(self) -> None:
         self._closed = True
-        self._outstanding = None
-        self._quiet.set()
-        self._held = {}
+        self._let_go()
         if self._membership is not None:
             await self._membership.leave()
 
@@ -523,9 +528,7 @@ class KafkaConsumer:
         """Give all partitions up, when no batch is under way any more or the group will wait no longer."""
         with suppress(TimeoutError):
             await asyncio.wait_for(self._quiet.wait(), HANDOVER_S)
-        self._held = {}
-        self._outstanding = None
-        self._quiet.set()
+        self._let_go()
 
     def take_over(self, places: Iterable[Place]) -> None:
         """Take partitions that the group assigned; they are fenced at the next poll."""
