@@ -25,7 +25,17 @@ from processors.plan import Circle, Met, Plan, Planner, Template
 from processors.retention import instant
 from processors.screen.keywords import Keywords, Match
 from processors.screen.quiet_hours import QuietHours
-from processors.screen.suppression import Change, Overlay, Rule, Tokens, View, covering_scopes, record_key, scope_id
+from processors.screen.suppression import (
+    Change,
+    Overlay,
+    Rule,
+    Tokens,
+    View,
+    covering_scopes,
+    hidden,
+    record_key,
+    scope_id,
+)
 from processors.screen.verdict import REASONS, RegistryView, Subject, Verdict, verdict
 from processors.seal import Entropy, Job, Sealer, Way, seal_each
 from processors.split import Layout, billable_units, layouts
@@ -239,21 +249,22 @@ class _Preparation:
         scope = self._scope(keyword.scope, record, other)
         for channel in keyword.channels:
             rule = Rule(scope, keyword.class_, channel, "person")
-            self._change(rule, primary, "keyword", ts, out=match is Match.OPT_OUT)
+            self._change(rule, record, primary, other, "keyword", ts, out=match is Match.OPT_OUT)
 
     def _preference(self, record: Preference, _plan: Plan, ts: int, primary: Met, other: Met) -> Outcome:
         if primary.token is None:
             raise Poison("bad_value:sender")
         check_clear(record)
         rule = Rule(self._scope(record.scope, record, other), record.class_, record.channel, "person")
-        counts = self._change(rule, primary, "preference", ts, out=record.action == "opt_out")
+        counts = self._change(rule, record, primary, other, "preference", ts, out=record.action == "opt_out")
         return _EMIT_PREFERENCE if counts else _LIFTS_NOTHING
 
-    def _change(self, rule: Rule, person: Met, reason: str, ts: int, *, out: bool) -> bool:
+    def _change(self, rule: Rule, record: Inbound, person: Met, other: Met, reason: str, ts: int, *, out: bool) -> bool:
         """Fold an opt-out or opt-in of a person into the overlay, and return whether it changes anything."""
         if person.token is None:
             raise ValueError("only a person opts out")
-        change = Change(person.token, rule, out, ts, person.party.value, reason)
+        named = hidden(rule.scope, other.party.value, record.campaign_id)
+        change = Change(person.token, rule, out, ts, person.party.value, reason, named)
         return self.prepared.overlay.apply(change, self.now_s)
 
     def _request(self, record: Request, plan: Plan, ts: int, primary: Met, other: Met) -> Outcome:
@@ -459,7 +470,10 @@ def _account_of(rule: Rule) -> str:
 
 
 def seal_change(pipeline: Pipeline, sealer_of: Callable[[Template], Sealer], change: Change, now_s: int) -> Message:
-    """Return the `suppressions` message of a change; the number stands in the sealed part and nowhere else."""
+    """Return the `suppressions` message of a change; the number stands in the sealed part and nowhere else.
+
+    So does a sender or campaign of which the key has the token: a rotation of the token key needs both.
+    """
     template = pipeline.planner.output("suppressions", _account_of(change.rule), now_s)
     key = record_key(pipeline.tokens.version, change)
     head, tail = template.envelope(
@@ -469,8 +483,10 @@ def seal_change(pipeline: Pipeline, sealer_of: Callable[[Template], Sealer], cha
         event_at=instant(change.event_s),
         reason=change.reason,
     )
-    number = _encode({"number": change.number})
-    value = sealer_of(template).several(head, tail, (("number", None, number),), bare=True)
+    told = {"number": change.number}
+    if change.named is not None:
+        told[change.rule.scope.partition(":")[0]] = change.named
+    value = sealer_of(template).several(head, tail, (("number", None, _encode(told)),), bare=True)
     return Message(now_s * 1000, key, template.headers, value)
 
 

@@ -39,6 +39,7 @@ class Domain(StrEnum):
     SUPPRESSION = "suppression"  # platform, one epoch; no person secret
     REVIEW = "review"  # account × day
     QUARANTINE = "quarantine"  # platform × day
+    HELD = "held"  # platform, one epoch per hold; no person secret
 
 
 class Stream(NamedTuple):
@@ -74,11 +75,11 @@ CATALOG: dict[str, Stream] = {
         _S(BOOKMARKED, "per request: cleared or refused, reason, vendor codes", _P.SAME, None, 7 * 24, "usage",
            ("worker", "egress"), ("gateway", "dpo"), followers=("operator",)),
         _S("cleared", "requests that may go out", _P.SAME, Domain.TRANSIT, 24, "content",
-           ("worker",), ("egress", "dpo")),
+           ("worker",), ("egress", "dpo"), followers=("officer",)),
         _S("content", "text, recording reference, transcript of CDRs", _P.SAME, Domain.CONTENT, None, "content",
-           ("worker",), ("account", "dpo"), _T.DAY),
+           ("worker", "officer"), ("account", "dpo"), _T.DAY, followers=("officer",)),  # officers: what they correct
         _S("cdr.pii", "the whole CDR", _P.SAME, Domain.PII, None, "traffic",
-           ("worker",), ("support", "fraud", "lawful", "dpo"), _T.DAY),
+           ("worker", "officer"), ("support", "fraud", "lawful", "dpo"), _T.DAY, followers=("officer",)),
         _S("cdr.anonymous", "what remains when nothing personal does", _P.RANDOM, None, None, "anonymous",
            ("worker",), ("billing", "dpo"), _T.HOUR),
         _S("billing.deltas", "per committed batch: pre-aggregated cells", _P.ACCOUNT, None, 35 * 24, "anonymous",
@@ -86,19 +87,25 @@ CATALOG: dict[str, Stream] = {
         _S("suppressions", "opt-outs, opt-ins, officer blocks", _P.TOKEN, Domain.SUPPRESSION, None, "suppression",
            ("worker", "officer"), ("worker", "egress", "dpo"), followers=("officer",), compacted=True),
         _S("review", "near-miss opt-outs", _P.SAME, Domain.REVIEW, 30 * 24, "content",
-           ("worker",), ("operator", "dpo"), _T.DAY),
-        _S("held", "records under legal hold, re-sealed", _P.SAME, None, None, "held",
-           ("officer",), ("dpo",)),
+           ("worker",), ("operator", "dpo"), _T.DAY, followers=("officer",)),
+        _S("held", "records under legal hold, re-sealed", _P.SAME, Domain.HELD, None, "held",
+           ("officer",), ("dpo",), followers=("officer",)),
         _S("quarantine", "records that could not be understood, whole", _P.SAME, Domain.QUARANTINE, 7 * 24,
-           "unclassified", ("worker", "operator"), ("operator", "dpo")),
+           "unclassified", ("worker", "operator"), ("operator", "dpo"), followers=("officer",)),
         _S("audit", "reveals, key events, erasures, holds", _P.SAME, None, None, "audit",
-           ("worker", "egress", "account", "support", "fraud", "lawful", "operator", "officer", "dpo"), ("dpo",)),
+           ("worker", "egress", "account", "support", "fraud", "lawful", "operator", "officer", "dpo"), ("dpo",),
+           followers=("officer",)),
     )
 }
 # fmt: on
 
 INPUTS = (TRAFFIC, TRAFFIC_CDR)
 """The input streams, in the order in which workers poll them."""
+
+CUTTER = "officer"
+"""The role that cuts dead records off on Kafka. Who may do that may delete the topic too: the brokers know no less."""
+CUT = tuple(row.name for row in CATALOG.values() if row.domain is not None and not row.compacted)
+"""What it may cut there: nothing but what is sealed, which it could make unreadable anyway."""
 
 WATCHER = "sre"
 """The role that sees how the streams are doing, and nothing that is in them."""

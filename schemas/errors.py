@@ -54,6 +54,18 @@ class KeysFull(Retriable):
     """The disk of the key store is full; free some space."""
 
 
+class KmsUnavailable(Retriable):
+    """The key management service does not answer, or asks to wait; nothing is sealed without it."""
+
+
+class KmsRefuses(Retriable):
+    """The key management service refuses, or lacks a key; nothing is sealed or opened without it."""
+
+
+class TokensChange(Retriable):
+    """The token key is being rotated; nothing is cleared until that is through."""
+
+
 class KeysChanged(Retriable):
     """A key was destroyed, or passed its deadline, while the batch was under way."""
 
@@ -88,6 +100,10 @@ class RegistryInvalid(Fatal):
 
 class InputInvalid(Fatal):
     """A file or argument given to a command is not valid."""
+
+
+class UnderHold(Fatal):
+    """Under legal hold; nothing was erased."""
 
 
 class RevealDenied(Fatal):

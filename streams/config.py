@@ -17,10 +17,12 @@ SQLITE = "sqlite:///"
 KAFKA = "kafka://"
 DATA = "streamveil-data"
 SQLITE_LEASE_S, KAFKA_LEASE_S = 5.0, 10.0  # brokers refuse less than six seconds by default
+_URL = re.compile(r"https://[A-Za-z0-9._\[\]:-]+/?|http://(127\.0\.0\.1|\[::1\]|localhost)(:[0-9]{1,5})?/?")
 _SERVER = re.compile(r"[A-Za-z0-9._-]+:[0-9]{1,5}|\[[0-9a-fA-F:.]+\]:[0-9]{1,5}")
 
 _Count = Annotated[int, msgspec.Meta(ge=1, le=100_000)]
 _Lease = Annotated[float, msgspec.Meta(gt=0, le=3600)]
+_Mount = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9/_-]{0,100}$")]
 _Prefix = Annotated[str, msgspec.Meta(pattern=r"^([a-z0-9][a-z0-9._-]*[.-])?$", max_length=100)]
 
 
@@ -36,6 +38,41 @@ class _KafkaTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     min_insync: Annotated[int, msgspec.Meta(ge=1, le=15)] = 2
     commit_every_ms: Annotated[int, msgspec.Meta(ge=0, le=10_000)] = 50
     transaction_timeout_ms: Annotated[int, msgspec.Meta(ge=1000, le=60_000)] = 10_000
+
+
+class _PostgresTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The keys of the table `[postgres]`: the key store on a server."""
+
+    host: str  # a name, an address, or the folder of a Unix socket
+    database: str
+    username: str
+    port: Annotated[int, msgspec.Meta(ge=1, le=65_535)] = 5432
+    password_file: str | None = None
+    ca_file: str | None = None
+    plaintext: bool = False
+    timeout_s: Annotated[float, msgspec.Meta(gt=0, le=60)] = 5.0
+
+
+class _VaultTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The keys of the table `[vault]`: the key management service of a Vault or OpenBao."""
+
+    address: str  # https://HOST:PORT
+    mount: _Mount = "transit"
+    counter_mount: _Mount = "secret"  # key-value engine, version 2: the destruction counter
+    prefix: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9-]{0,40}$")] = "streamveil-"
+    namespace: str | None = None
+    token_file: str | None = None
+    role_id: str | None = None
+    secret_id_file: str | None = None
+    ca_file: str | None = None
+    timeout_s: Annotated[float, msgspec.Meta(gt=0, le=60)] = 2.0
+
+
+class _RetentionTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The keys of the table `[retention]`."""
+
+    scheduled: bool = True
+    rewrap_hours: Annotated[int, msgspec.Meta(ge=1, le=24 * 7)] = 24
 
 
 class _WatchTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -57,6 +94,9 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lease_s: _Lease | None = None
     key_lease_s: _Lease = 30.0
     kafka: _KafkaTable = _KafkaTable()
+    postgres: _PostgresTable | None = None
+    vault: _VaultTable | None = None
+    retention: _RetentionTable = _RetentionTable()
     watch: _WatchTable = _WatchTable()
 
 
@@ -74,6 +114,34 @@ class Kafka(NamedTuple):
     transaction_timeout_ms: int  # so long a writer that stalls can keep readers of its partitions waiting
 
 
+class Postgres(NamedTuple):
+    """Where the key store is, and who this process is to it."""
+
+    host: str
+    port: int
+    database: str
+    username: str
+    password_path: Path | None
+    ca_path: Path | None  # None: the certificate authorities of the operating system
+    plaintext: bool  # without TLS; a Unix socket never has it
+    timeout_s: float
+
+
+class Vault(NamedTuple):
+    """Where the key management service is, and who this process is to it."""
+
+    address: str
+    mount: str
+    counter_mount: str
+    prefix: str  # of the names of keys
+    namespace: str | None
+    token_path: Path | None  # or else role id and secret id
+    role_id: str | None
+    secret_id_path: Path | None
+    ca_path: Path | None
+    timeout_s: float
+
+
 class Config(NamedTuple):
     """A deployment: its policy, its log (one of `log_path` and `kafka`), and its folders."""
 
@@ -88,6 +156,10 @@ class Config(NamedTuple):
     batch_records: int
     lease_s: float  # of partitions: so long another worker waits for those of one that was killed
     key_lease_s: float
+    postgres: Postgres | None  # None: the key store is the file `keys_path`
+    vault: Vault | None  # None: the key management service is the folder `kms_dir`
+    retention_scheduled: bool  # `run` buries what is due by itself
+    rewrap_s: int  # so long at most a copy of the key store opens what was destroyed before its day
     watch: tuple[str, int] | None  # host and port to serve metrics on; None: nobody watches
 
     @property
@@ -121,6 +193,11 @@ def load(args: Namespace) -> Config:
         folder = log_path.parent
         if settings.data:
             raise InputInvalid("`data` is for logs on Kafka: on SQLite everything lies in the log's folder")
+    if kafka is not None and settings.key_lease_s * 1000 < 2 * kafka.transaction_timeout_ms:
+        raise InputInvalid(
+            "key_lease_s must be at least twice [kafka] transaction_timeout_ms: brokers may take a commit on so late,"
+            " and nothing is committed that could come after its key lease"
+        )
     policy, source = read_policy(settings.policy, base)
     return Config(
         policy=policy,
@@ -134,6 +211,10 @@ def load(args: Namespace) -> Config:
         batch_records=settings.batch_records,
         lease_s=settings.lease_s or (SQLITE_LEASE_S if kafka is None else KAFKA_LEASE_S),
         key_lease_s=settings.key_lease_s,
+        postgres=_postgres(settings.postgres, base),
+        vault=_vault(settings.vault, base),
+        retention_scheduled=settings.retention.scheduled,
+        rewrap_s=settings.retention.rewrap_hours * 3600,
         watch=_listen(settings.watch.listen),
     )
 
@@ -191,6 +272,46 @@ def _listen(address: str | None) -> tuple[str, int] | None:
     if not _SERVER.fullmatch(address) or not 0 < int(port) < 65536:
         raise InputInvalid("[watch] listen must be HOST:PORT, such as 127.0.0.1:9464")
     return host.strip("[]"), int(port)
+
+
+def _postgres(table: _PostgresTable | None, base: Path) -> Postgres | None:
+    """Return where the key store's server is. Raises InputInvalid."""
+    if table is None:
+        return None
+    if table.plaintext and table.ca_file:
+        raise InputInvalid("[postgres] names a certificate authority and plaintext: leave out one of them")
+    return Postgres(
+        table.host,
+        table.port,
+        table.database,
+        table.username,
+        base / table.password_file if table.password_file else None,
+        base / table.ca_file if table.ca_file else None,
+        table.plaintext,
+        table.timeout_s,
+    )
+
+
+def _vault(table: _VaultTable | None, base: Path) -> Vault | None:
+    """Return where the key management service is. Raises InputInvalid."""
+    if table is None:
+        return None
+    if not _URL.fullmatch(table.address):
+        raise InputInvalid("[vault] address must be https://HOST:PORT; http is for 127.0.0.1 only")
+    if bool(table.token_file) == bool(table.role_id and table.secret_id_file):
+        raise InputInvalid("[vault] needs either token_file, or role_id and secret_id_file")
+    return Vault(
+        table.address.rstrip("/"),
+        table.mount.strip("/"),
+        table.counter_mount.strip("/"),
+        table.prefix,
+        table.namespace,
+        base / table.token_file if table.token_file else None,
+        table.role_id,
+        base / table.secret_id_file if table.secret_id_file else None,
+        base / table.ca_file if table.ca_file else None,
+        table.timeout_s,
+    )
 
 
 def _kafka(url: str, table: _KafkaTable, base: Path) -> Kafka:

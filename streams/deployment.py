@@ -14,12 +14,13 @@ from processors.pipeline import Pipeline
 from processors.plan import Planner
 from processors.screen.suppression import Tokens
 from schemas.catalog import CATALOG
-from schemas.errors import InputInvalid, KeysUnusable, LogUnusable
+from schemas.errors import InputInvalid, KeysUnusable, LogUnusable, TokensChange
 from streams.config import Config
+from streams.keys.audit import Auditor
 from streams.keys.cache import KeyCache, KeyLease
+from streams.keys.opening import open_store, store_exists
 from streams.keys.reveal import Revealer
-from streams.keys.roles import principal
-from streams.keys.sqlite import SqliteKeyStore
+from streams.keys.roles import Principal, principal
 from streams.keys.store import KeyStore
 from streams.log.kafka import KafkaLog
 from streams.log.protocol import Log
@@ -74,30 +75,34 @@ class Deployment:
         self.log = log
         self.store = store
         self.planner = Planner(config.policy)
-        token_key = store.token_key()
-        self.tokens = Tokens(token_key.version, token_key.key)
+        self._auditor: Auditor | None = None
+        self.tokens = Tokens(*store.token_keys().current)
         self.pipeline = Pipeline(self.planner, self.tokens)
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, config: Config, *, create: bool = True, busy_s: float = BUSY_S) -> AsyncIterator["Deployment"]:
+    async def open(
+        cls, config: Config, *, create: bool = True, busy_s: float = BUSY_S, outdated: bool = False
+    ) -> AsyncIterator["Deployment"]:
         """Open, or with `create` make, the log and the key store, and close both at the end.
 
-        Raises InputInvalid if there is none and `create` is off, and LogUnusable or KeysUnusable.
+        `outdated`: also a key store that a backup brought back, which is to be reconciled. Raises InputInvalid if
+        there is none and `create` is off, and LogUnusable or KeysUnusable.
         """
         if not create and config.log_path is not None and not config.log_path.exists():
             raise InputInvalid("there is no log here yet; publish something first", log=str(config.log_path))
-        if not create and config.kafka is not None and not config.keys_path.exists():
+        known = store_exists(config)
+        if not create and config.kafka is not None and not known:
             raise InputInvalid("there is no key store here; set `data` to its folder", file=str(config.keys_path))
         log = await open_log(config, busy_s=busy_s)
         try:
-            if not config.keys_path.exists() and await _has_outputs(log):
+            if not known and await _has_outputs(log):
                 raise KeysUnusable(
                     "the key store is missing beside a log that has outputs: restore it from its backup;"
                     " a new one would open nothing and know of no opt-out",
                     file=str(config.keys_path),
                 )
-            store = SqliteKeyStore.open(config.keys_path, config.kms_dir, busy_timeout_s=busy_s)
+            store = open_store(config, create=not outdated, busy_s=busy_s, outdated=outdated)
             try:
                 yield cls(config, log, store)
             finally:
@@ -109,16 +114,62 @@ class Deployment:
         """Return the loaded registries."""
         return Registries(self.config.registries_dir)
 
-    def keys(self) -> tuple[KeyCache, KeyLease]:
-        """Return a key cache and its lease, for a process that seals."""
+    def keys(self, *, rotating: bool = False) -> tuple[KeyCache, KeyLease]:
+        """Return a key cache and its lease, for a process that seals. Raises TokensChange, but not to who rotates.
+
+        Under the lease the token key stays current: a rotation waits until the lease has run out or taken note.
+        """
         lease = KeyLease(self.store, process_id(), self.config.key_lease_s)
         lease.renew()
+        if not rotating:
+            try:
+                self.settled()
+            except BaseException:
+                lease.drop()
+                raise
         return KeyCache(self.store, lease), lease
+
+    @property
+    def margin_s(self) -> float:
+        """So long before the end of its key lease a process must have begun to commit.
+
+        Brokers may take a commit on so much later; the file of a log takes it at once.
+        """
+        return 0.0 if self.config.kafka is None else self.config.kafka.transaction_timeout_ms / 1000
+
+    def settled(self) -> None:
+        """Return if tokens and pipeline are those of the current token key. Blocks; raises TokensChange otherwise."""
+        keys = self.store.token_keys()
+        if keys.changing or keys.current.version != self.tokens.version:
+            raise TokensChange
+
+    def refresh_tokens(self) -> Pipeline:
+        """Return the pipeline of the current token key: another one after a rotation. Blocks; raises TokensChange."""
+        keys = self.store.token_keys()
+        if keys.changing:
+            raise TokensChange
+        if keys.current.version != self.tokens.version:
+            self.tokens = Tokens(*keys.current)
+            self.planner = Planner(self.config.policy)  # the one before knows people by the token of before
+            self.pipeline = Pipeline(self.planner, self.tokens)
+        return self.pipeline
 
     def revealer(self) -> Revealer:
         """Return the library that opens sealed records, for the user this process runs as."""
-        who = principal(self.config.roles_path, self.config.keys_path)
-        return Revealer(self.log, self.store, self.planner, who, on_denied=partial(denied, self.config.watch_path))
+        told = partial(denied, self.config.watch_path)
+        return Revealer(self.log, self.store, self.planner, self.who(), self.auditor(), on_denied=told)
+
+    def who(self) -> Principal:
+        """Return the user this process runs as, with the grants that are theirs. Reads files."""
+        config = self.config
+        return principal(config.roles_path, config.keys_path if config.postgres is None else config.folder)
+
+    def auditor(self) -> Auditor:
+        """Return what writes this process's audit entries: one chain."""
+        if self._auditor is None:
+            name = self.who().name
+            self._auditor = Auditor(self.log, self.store.ledger, self.planner, name, sequence=self.store.sequence)
+        return self._auditor
 
 
 @contextmanager

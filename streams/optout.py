@@ -17,9 +17,9 @@ from typing import Final, NamedTuple, get_args
 import orjson
 
 from processors.keyring import Needs
-from processors.pipeline import seal_change
+from processors.pipeline import Pipeline, seal_change
 from processors.retention import instant
-from processors.screen.suppression import MAX_AHEAD_S, TOKEN_MARK, Change, Overlay, Rule, parse_key, scope_id
+from processors.screen.suppression import MAX_AHEAD_S, TOKEN_MARK, Change, Overlay, Rule, hidden, parse_key, scope_id
 from processors.seal import ENTROPY_BYTES, Entropy, Sealer
 from schemas.catalog import partition_for
 from schemas.errors import InputInvalid, KeysUnusable
@@ -27,6 +27,7 @@ from schemas.fields import REASON, Kind, Party, is_account, is_record_id, normal
 from schemas.inbound import Channel, SuppressionClass
 from schemas.outbound import Message, Output
 from streams.deployment import Deployment
+from streams.keys.cache import KeyCache
 from streams.keys.reveal import State
 from streams.log.protocol import Stored
 from streams.state.suppressions import STREAM, SuppressionTail
@@ -105,13 +106,14 @@ class OptOuts:
         self._deployment = deployment
         self._policy = deployment.config.policy
         self._tokens = deployment.pipeline.tokens
-        self._tail = SuppressionTail(deployment.log)
+        self._tail = SuppressionTail(deployment.log, self._tokens.version)
         # how an export names a sender, of whom only the token is known: good for this token key only
         self._token_prefix = f"token:{deployment.store.store_id[:8]}.{self._tokens.version}:"
 
     async def catch_up(self) -> None:
-        """Read the stream to its end. Blocks."""
+        """Read the stream to its end. Blocks. Raises TokensChange while the token key is rotated."""
         await self._tail.catch_up()
+        self._deployment.settled()
 
     async def add(self, entries: Sequence[Entry], now_s: int) -> int:
         """Write the opt-outs, one record per channel, durable on return; return how many. Raises EntryInvalid."""
@@ -155,7 +157,7 @@ class OptOuts:
     def changes(self, entry: Entry, now_s: int) -> list[Change]:
         """Return the opt-outs of an entry, one per channel, not yet written. Raises EntryInvalid."""
         party = self._party(entry, listed=True)
-        scope = (self._scopes(entry, party) or ["platform"])[-1]
+        scope, named = self._scope(entry, party) or ("platform", None)
         if entry.class_ not in CLASSES:
             raise EntryInvalid("class")
         if entry.channel not in ("", *CHANNELS):
@@ -168,7 +170,7 @@ class OptOuts:
         token = self._tokens.of(party.value)
         return [
             Change(token, Rule(scope, entry.class_, channel, entry.authority), True, event_s, party.value,
-                   entry.reason or None)
+                   entry.reason or None, named)
             for channel in ([entry.channel] if entry.channel else CHANNELS)
         ]  # fmt: skip
 
@@ -184,13 +186,20 @@ class OptOuts:
 
     def _scopes(self, entry: Entry, party: Party) -> list[str] | None:
         """Return the scopes that cover what is given, the narrowest last; None: nothing is given."""
+        found = self._scope(entry, party)
+        return None if found is None else ["platform", f"account:{entry.account}", found[0]]
+
+    def _scope(self, entry: Entry, party: Party) -> tuple[str, str | None] | None:
+        """Return the narrowest scope given, with the sender or campaign that it names by its token, if that is known.
+
+        None: nothing is given.
+        """
         if not entry.account:
             if entry.sender or entry.campaign:
                 raise EntryInvalid("account")
             return None
         if _tells(entry.account, party):
             raise EntryInvalid("account")
-        scopes = ["platform", scope_id("account", entry.account, "", None, self._tokens)]
         if entry.sender and entry.campaign:
             raise EntryInvalid("sender")
         for column, name, mark in (("sender", entry.sender, ""), ("campaign", entry.campaign, TOKEN_MARK)):
@@ -198,18 +207,19 @@ class OptOuts:
             if token is not None:
                 if token[1] != self._token_prefix:
                     raise EntryInvalid(column)
-                return [*scopes, f"{column}:{entry.account}:{mark}{token[2]}"]
+                return f"{column}:{entry.account}:{mark}{token[2]}", None
         if entry.sender:
             account = self._policy.account(entry.account)
             sender = normalise(entry.sender, account.default_region if account else None)
             if sender.kind is Kind.NOBODY:
                 raise EntryInvalid("sender")
-            scopes.append(scope_id("sender", entry.account, sender.value, None, self._tokens))
-        elif entry.campaign:
+            return scope_id("sender", entry.account, sender.value, None, self._tokens), sender.value
+        if entry.campaign:
             if not is_record_id(entry.campaign) or _tells(entry.campaign, party):
                 raise EntryInvalid("campaign")
-            scopes.append(scope_id("campaign", entry.account, "", entry.campaign, self._tokens))
-        return scopes
+            scope = scope_id("campaign", entry.account, "", entry.campaign, self._tokens)
+            return scope, hidden(scope, "", entry.campaign)
+        return scope_id("account", entry.account, "", None, self._tokens), None
 
     @staticmethod
     def _within(entry: Entry) -> tuple[str, ...]:
@@ -230,29 +240,9 @@ class OptOuts:
 
     async def _append(self, changes: Sequence[Change], now_s: int) -> None:
         """Seal and append, under a key lease of its own."""
-        deployment = self._deployment
-        template = deployment.planner.output(STREAM, "", now_s)
-        if template.ref is None:
-            raise ValueError("opt-outs are sealed")
-        keys, _ = deployment.keys()
+        keys, _ = self._deployment.keys()
         try:
-            ring = keys.fetch(Needs({template.ref: (template.deadline_s, len(changes))}, {}), now_s)
-            epoch = ring.epochs.get(template.ref)
-            if epoch is None:
-                raise KeysUnusable("the key of opt-outs was destroyed; none can be written")
-            entropy = Entropy(os.urandom(ENTROPY_BYTES))
-            outputs: dict[int, list[Message]] = {}
-            for change in changes:
-                message = seal_change(
-                    deployment.pipeline,
-                    lambda one: Sealer(ring, entropy, one.stream, one.account, epoch),
-                    change,
-                    now_s,
-                )
-                partition = partition_for(change.token, deployment.log.partitions)
-                outputs.setdefault(partition, []).append(message)
-            keys.guard()()
-            await deployment.log.append([Output(STREAM, *output) for output in outputs.items()])
+            await write(self._deployment, self._deployment.pipeline, keys, changes, now_s)
         finally:
             keys.close()
 
@@ -324,9 +314,9 @@ class OptOuts:
                 at = page[-1].offset + 1
         found = []
         for key, stored in latest.items():
-            _, token, rule, out = parse_key(key)
+            version, token, rule, out = parse_key(key)
             state = (self._tail.view.get(token) or {}).get(rule)
-            if out and state is not None and state.out:
+            if version == self._tokens.version and out and state is not None and state.out:
                 found.append((stored, rule, state.event_s))
         return found
 
@@ -337,6 +327,34 @@ class OptOuts:
         if kind == "sender" or name.startswith(TOKEN_MARK):
             name = self._token_prefix + name.removeprefix(TOKEN_MARK)
         return account, name if kind == "sender" else "", name if kind == "campaign" else ""
+
+
+async def write(
+    deployment: Deployment, pipeline: Pipeline, keys: KeyCache, changes: Sequence[Change], now_s: int
+) -> None:
+    """Seal and append changes, durable on return, under the key lease of `keys` and the tokens of the pipeline.
+
+    Raises LeaseExpired or KeysChanged also if the lease ended while the log was writing: a rotation of the token key
+    may not have seen the records then. Writing them again does no harm.
+    """
+    template = pipeline.planner.output(STREAM, "", now_s)
+    if template.ref is None:
+        raise ValueError("opt-outs are sealed")
+    ring = keys.fetch(Needs({template.ref: (template.deadline_s, len(changes))}, {}), now_s)
+    epoch = ring.epochs.get(template.ref)
+    if epoch is None:
+        raise KeysUnusable("the key of opt-outs was destroyed; none can be written")
+    entropy = Entropy(os.urandom(ENTROPY_BYTES))
+    outputs: dict[int, list[Message]] = {}
+    for change in changes:
+        message = seal_change(
+            pipeline, lambda one: Sealer(ring, entropy, one.stream, one.account, epoch), change, now_s
+        )
+        outputs.setdefault(partition_for(change.token, deployment.log.partitions), []).append(message)
+    check = keys.guard(deployment.margin_s)
+    check()
+    await deployment.log.append([Output(STREAM, *output) for output in outputs.items()])
+    check()
 
 
 def _columns(header: bytes) -> list[str]:

@@ -1,3 +1,3 @@
 """What tests of every folder may use."""
 
-pytest_plugins = ["tests.support.kafka"]
+pytest_plugins = ["tests.support.kafka", "tests.support.vault"]

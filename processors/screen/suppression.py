@@ -69,7 +69,7 @@ class View(Protocol):
 
 
 class Change(NamedTuple):
-    """One record for the `suppressions` stream; `number` is personal data and leaves only sealed."""
+    """One record for the `suppressions` stream; `number` and `named` may be personal data and leave only sealed."""
 
     token: bytes
     rule: Rule
@@ -77,6 +77,7 @@ class Change(NamedTuple):
     event_s: int
     number: str
     reason: str | None
+    named: str | None = None  # the sender or campaign that the scope names by its token; None: none, or not known
 
     def __repr__(self) -> str:
         return "Change()"
@@ -164,6 +165,31 @@ def scope_id(scope: str, account: str, sender: str, campaign: str | None, tokens
         known = campaign is not None and (is_code(campaign) or _NAMED_BY_TOKEN(campaign))
         return f"campaign:{account}:{campaign if known else TOKEN_MARK + tokens.of(campaign or '').hex()}"
     return "platform"
+
+
+def hidden(scope: str, sender: str, campaign: str | None) -> str | None:
+    """Return the sender or campaign that a full scope names by its token only; None if it names none so."""
+    kind, _, rest = scope.partition(":")
+    if kind == "sender":
+        return sender
+    if kind == "campaign" and rest.partition(":")[2].startswith(TOKEN_MARK):
+        return campaign or ""
+    return None
+
+
+def retokened(scope: str, named: str | None, tokens: Tokens) -> tuple[str, bool]:
+    """Return a full scope under another token key, and whether it had to be widened to the account.
+
+    `named` is what `hidden` returned when the entry was written. Where it is not known, the entry must cover
+    whatever it may have been: an opt-out never gets narrower.
+    """
+    kind, _, rest = scope.partition(":")
+    account, _, name = rest.partition(":")
+    if kind != "sender" and not name.startswith(TOKEN_MARK):
+        return scope, False
+    if named is None:
+        return f"account:{account}", True
+    return scope_id(kind, account, named, named, tokens), False
 
 
 def covering_scopes(account: str, sender: str, campaign: str | None, tokens: Tokens) -> tuple[str, ...]:

@@ -1,10 +1,11 @@
 """What several commands share: numbers from standard input, notes, tables, a progress bar."""
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 import orjson
 
@@ -35,6 +36,26 @@ def opened(name: str) -> Iterator[BinaryIO]:
         raise InputInvalid(f"FILE cannot be read: {error.strerror}") from None
     with file:
         yield file
+
+
+@contextmanager
+def new_file(name: str) -> Iterator[TextIO]:
+    """Open a new file (0600), removed again on any error; or standard output for `-`. Raises InputInvalid."""
+    if name == STDIN:
+        yield sys.stdout
+        return
+    try:
+        descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    except FileExistsError:
+        raise InputInvalid("FILE exists; name one that does not") from None
+    except OSError as error:
+        raise InputInvalid(f"FILE cannot be written: {error.strerror}") from None
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as file:
+            yield file
+    except BaseException:
+        Path(name).unlink()
+        raise
 
 
 def size_bytes(name: str) -> int | None:

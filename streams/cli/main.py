@@ -13,7 +13,7 @@ from schemas.errors import Retriable, StreamveilError
 
 NOUNS = (
     "demo", "publish", "run", "tail", "screen", "optout", "registry", "quarantine", "keys", "retention", "policy",
-    "streams",
+    "streams", "subject", "account", "evidence",
 )  # fmt: skip
 _SAFE = (
     "the following arguments are required:",

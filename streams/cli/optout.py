@@ -3,17 +3,11 @@
 import argparse
 import asyncio
 import csv
-import os
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, TextIO, get_args
+from typing import TYPE_CHECKING, get_args
 
-from schemas.errors import InputInvalid
 from schemas.inbound import Channel, SuppressionClass
-from streams.cli.common import STDIN, bar, number, opened, plain, print_json, print_table, say, size_bytes
+from streams.cli.common import bar, new_file, number, opened, plain, print_json, print_table, say, size_bytes
 from streams.config import load
 
 if TYPE_CHECKING:
@@ -162,7 +156,7 @@ async def _write(args: argparse.Namespace) -> int:
 
     count = 0
     async with Deployment.open(load(args), create=False) as deployment:
-        with _new_file(args.file) as file:
+        with new_file(args.file) as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(COLUMNS)
             async for rows in OptOuts(deployment).rows(args.reason):
@@ -170,23 +164,3 @@ async def _write(args: argparse.Namespace) -> int:
                 count += len(rows)
     say(f"{count:,} opt-outs exported")
     return 0
-
-
-@contextmanager
-def _new_file(name: str) -> Iterator[TextIO]:
-    """Open a new file (0600), removed again on any error; or standard output for `-`. Raises InputInvalid."""
-    if name == STDIN:
-        yield sys.stdout
-        return
-    try:
-        descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-    except FileExistsError:
-        raise InputInvalid("FILE exists; name one that does not") from None
-    except OSError as error:
-        raise InputInvalid(f"FILE cannot be written: {error.strerror}") from None
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as file:
-            yield file
-    except BaseException:
-        Path(name).unlink()
-        raise

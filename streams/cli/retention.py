@@ -1,25 +1,33 @@
-"""`streamveil retention calendar`: what dies when."""
+"""`streamveil retention calendar` and `run`: what dies when, and that it does."""
 
 import argparse
+import asyncio
 import time
 from typing import TYPE_CHECKING
 
-from streams.cli.common import print_json, print_table
+from streams.cli.common import bar, print_json, print_table
 from streams.cli.times import instant_s
 from streams.config import Config, load
 
 if TYPE_CHECKING:
     from schemas.policy import Policy, Retention
+    from streams.officer.retention import Report
 
 
 def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Register `retention`."""
     noun = subparsers.add_parser("retention", help="what dies when")
-    verbs = noun.add_subparsers(dest="verb", required=True, metavar="calendar")
+    verbs = noun.add_subparsers(dest="verb", required=True, metavar="calendar|run")
     calendar = verbs.add_parser("calendar", help="each rule with its instant for a communication of now; each key")
     calendar.add_argument("--now", metavar="T", help="as seen at this instant; nothing is destroyed")
     calendar.add_argument("--json", action="store_true", help="one JSON object a rule, then one a key")
     calendar.set_defaults(run=_calendar)
+    run = verbs.add_parser("run", help="destroy what is due, re-wrap, and cut the logs; safe at any time")
+    run.add_argument("--now", metavar="T", help="as of this instant; ahead of the clock only say what would go")
+    run.add_argument("--yes", action="store_true", help="destroy as of --now; local-file KMS, 13 months at most")
+    run.add_argument("--rewrap", action="store_true", help="re-wrap at once whatever an older backup could open")
+    run.add_argument("--json", action="store_true", help="one JSON object")
+    run.set_defaults(run=_run)
 
 
 def _calendar(args: argparse.Namespace) -> int:
@@ -40,6 +48,47 @@ def _calendar(args: argparse.Namespace) -> int:
         print("\nKeys alive, soonest first:\n")
         print_table([name.upper().replace("_", " ") for name in keys[0]], [tuple(key.values()) for key in keys])
     return 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    from streams.deployment import Deployment
+    from streams.officer import retention
+
+    config = load(args)
+    asked_s = None if args.now is None else instant_s(args.now)
+    now_s, dry = retention.moment(config, asked_s, int(time.time()), yes=args.yes)
+
+    async def run() -> "Report":
+        async with Deployment.open(config, create=False) as deployment:
+            with bar("records looked at", None) as advance:
+                return await retention.run(deployment, now_s, dry=dry, rewrap=args.rewrap, advance=advance)
+
+    report = asyncio.run(run())
+    if args.json:
+        print_json(report.as_json())
+    else:
+        _say(report)
+    return 1 if report.failed else 0
+
+
+def _say(report: "Report") -> None:
+    from processors.retention import instant
+
+    as_of = instant(report.at_s)
+    print(f"Dry run: what would go as of {as_of}; nothing did.\n" if report.dry else f"What went as of {as_of}:\n")
+    rows: list[tuple[str, str]] = [
+        ("records kept for legal holds", "first" if report.dry else f"{report.held:,}"),
+        ("epoch keys", f"{report.died.epochs:,}"),
+        ("destruction days", ", ".join(report.died.days) or "0"),
+        ("people's secrets of these days", "all" if report.dry else f"{report.died.persons:,}"),
+        ("accounts that left", ", ".join(report.offboarded) or "0"),
+        ("days re-wrapped", ", ".join(report.rewrapped) or "0"),
+    ]
+    for cut in report.cuts:
+        moves = [f"{begin}→{end}" for begin, end in zip(cut.begins, cut.ends, strict=True)]
+        rows.append((f"stream {cut.stream}", f"{cut.records:,} records cut off ({', '.join(moves)})"))
+    rows += [(f"skipped: {one.what}", one.why) for one in report.skipped]
+    print_table(("WHAT", "HOW MUCH"), rows)
 
 
 def _rules(policy: "Policy", now_s: int) -> list[dict[str, str | None]]:
@@ -99,11 +148,11 @@ def _in_words(rule: "Retention") -> str:
 def _keys(config: Config, now_s: int) -> list[dict[str, str | int | None]]:
     """Return the epoch keys alive at `now_s` with their deadlines, soonest first; none without a key store."""
     from processors.retention import instant
-    from streams.keys.sqlite import SqliteKeyStore
+    from streams.keys.opening import open_store, store_exists
 
-    if not config.keys_path.exists():
+    if not store_exists(config):
         return []
-    store = SqliteKeyStore.open(config.keys_path, config.kms_dir, create=False)
+    store = open_store(config)
     try:
         alive = [key for key in store.status(now_s) if key.state == "alive"]
     finally:

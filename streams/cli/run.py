@@ -23,16 +23,17 @@ def _run(args: argparse.Namespace) -> int:
     from streams.worker.supervisor import FENCED_STATUS, is_supervised, is_watched, run_many, run_one
 
     config = load(args)
+    same = ["--config", args.config] + (["--log", args.log] if args.log else [])
     if args.workers == 1 and (config.watch is None or is_watched(config)):
         try:
-            _say(asyncio.run(run_one(config, until_idle=args.until_idle)))
+            beside = None if is_supervised() else same
+            _say(asyncio.run(run_one(config, until_idle=args.until_idle, config_args=beside)))
         except Fenced as error:
             if not is_supervised():
                 raise
             say(f"streamveil: {error}")
             return FENCED_STATUS
     else:
-        same = ["--config", args.config] + (["--log", args.log] if args.log else [])
         asyncio.run(run_many(config, args.workers, same, until_idle=args.until_idle))
     return 0
 

@@ -52,6 +52,7 @@ async def _screen(args: argparse.Namespace) -> int:
     async with Deployment.open(load(args), create=False) as deployment:
         screening = _Screening(args, deployment, now_s)
         await screening.tail.catch_up()
+        deployment.settled()
         if one is not None:
             print_json(screening.answer(one))
             return 0
@@ -84,7 +85,7 @@ class _Screening:
         self._tokens = deployment.pipeline.tokens
         self._quiet = None if hours is None else QuietHours(hours.start_time, hours.end_time, now_s)
         self._now_s = now_s
-        self.tail = SuppressionTail(deployment.log)
+        self.tail = SuppressionTail(deployment.log, self._tokens.version)
         sender = "" if args.sender is None else normalise(plain(args.sender), self._region).value
         campaign = None if args.campaign is None else plain(args.campaign)
         self._scopes = covering_scopes(account.id, sender, campaign, self._tokens)

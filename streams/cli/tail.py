@@ -145,6 +145,8 @@ def _shown(stored: Stored, opened: Revealed | None) -> dict[str, Any]:
         line["reveal"] = {"state": opened.state.value, "fields": opened.fields, "withheld": list(opened.withheld)}
         if opened.reason is not None:
             line["reveal"]["reason"] = opened.reason
+        if opened.corrections:
+            line["reveal"]["corrections"] = list(opened.corrections)
     return line
 
 

@@ -1,8 +1,8 @@
 """A worker's side of the keys: its lease, and the bounded ring of keys it seals with.
 
-Rules of this file: nothing kept here outlives its deadline, a moved destruction sequence, or the lease. The guard is
-what the log's commit calls at its last moment. Renew the lease between commits, never during one: a renewal says
-that nothing sealed under older destructions will be committed any more.
+Rules of this file: nothing kept here outlives its deadline, a moved destruction sequence, the lease, or 15 minutes.
+The guard is what the log's commit calls at its last moment. Renew the lease between commits, never during one: a
+renewal says that nothing sealed under older destructions will be committed any more.
 """
 
 import math
@@ -14,6 +14,7 @@ from typing import TypeVar
 from processors.keyring import EpochRef, KeyRing, Needs, PersonRef
 from schemas.errors import KeysChanged, LeaseExpired
 from streams.keys.store import Fetched, KeyStore
+from streams.keys.wrapping import KEPT_S
 
 RENEW_AFTER_S = 1.0
 _DAY_S = 86_400
@@ -21,7 +22,11 @@ _K = TypeVar("_K")
 
 
 class KeyLease:
-    """A process's right to seal: valid from a renewal for `duration_s`, by the clock it was renewed with."""
+    """A process's right to seal: valid from before a renewal for `duration_s`, by the clock of this process.
+
+    The store counts from when it got the renewal, by its own clock, so it never thinks that a lease has ended while the
+    process still thinks that it holds, as long as both clocks run alike for `duration_s`.
+    """
 
     def __init__(
         self,
@@ -45,18 +50,17 @@ class KeyLease:
         Blocks on the key store. If it raises (`KeysBusy`, `KeysFull`), the lease runs out when it would have.
         """
         now_s = self.clock()
-        expires_s = now_s + self._duration_s
-        sequence = self._store.renew_lease(self._process_id, expires_s, self.sequence)
+        sequence = self._store.renew_lease(self._process_id, self._duration_s, self.sequence)
         moved = sequence != self.sequence
         if moved:  # from here on every guard refuses what is older, so the store may know at once
             self.sequence = sequence
-            self._store.renew_lease(self._process_id, expires_s, sequence)
-        self._renewed_s, self._expires_s = now_s, expires_s
+            self._store.renew_lease(self._process_id, self._duration_s, sequence)
+        self._renewed_s, self._expires_s = now_s, now_s + self._duration_s
         return moved
 
-    def valid(self) -> bool:
-        """Return whether the lease holds now; a clock moved back before the last renewal ends it."""
-        return self._renewed_s <= self.clock() < self._expires_s
+    def valid(self, margin_s: float = 0) -> bool:
+        """Return whether the lease holds now and for `margin_s`; a clock moved back before the last renewal ends it."""
+        return self._renewed_s <= self.clock() < self._expires_s - margin_s
 
     def due(self, now_s: float | None = None) -> bool:
         """Return whether it is time to renew: a second after the last renewal, or the clock was moved back."""
@@ -92,6 +96,7 @@ class KeyCache:
         self._sequence: int | None = None  # what the ring is true for; None: it is empty
         self._seals: dict[EpochRef, int] = {}  # still reserved
         self._kept_until_s: dict[PersonRef, float] = {}  # end of the day to which the store keeps a secret at least
+        self._since_s = 0  # when the first of what is in the ring was fetched
         self._next_death_s = math.inf  # nothing in the ring dies before
         self._batch_deadline_s = math.inf
 
@@ -103,7 +108,9 @@ class KeyCache:
 
         Blocks only if something is missing. Raises what the store raises; the ring then lacks what was missing.
         """
-        if self._sequence is not None and self._lease.sequence > self._sequence:
+        if self._sequence is not None and (
+            self._lease.sequence > self._sequence or not self._since_s <= now_s < self._since_s + KEPT_S
+        ):
             self._forget()
         if now_s >= self._next_death_s:
             self._bury(now_s)
@@ -113,6 +120,8 @@ class KeyCache:
                 self.ring.epochs.pop(ref, None)
                 self._seals.pop(ref, None)
             got = self._store.fetch(missing, now_s)
+            if self._sequence is None:
+                self._since_s = now_s
             if self._sequence in (None, got.sequence):
                 self._keep(got, missing)
                 break
@@ -126,12 +135,15 @@ class KeyCache:
                 self._batch_deadline_s = min(self._batch_deadline_s, _instant(self.ring.epochs[ref].deadline_s))
         return self.ring
 
-    def guard(self) -> Callable[[], None]:
-        """Return the check for the commit of the batch last fetched for: raises LeaseExpired or KeysChanged."""
+    def guard(self, margin_s: float = 0) -> Callable[[], None]:
+        """Return the check for the commit of the batch last fetched for: raises LeaseExpired or KeysChanged.
+
+        `margin_s`: how long after the check the commit may still take effect; the lease has to hold for so long.
+        """
         lease, sequence, deadline_s = self._lease, self._sequence, self._batch_deadline_s
 
         def check() -> None:
-            if not lease.valid():
+            if not lease.valid(margin_s):
                 raise LeaseExpired
             if (sequence is not None and lease.sequence > sequence) or lease.clock() >= deadline_s:
                 raise KeysChanged
@@ -216,8 +228,8 @@ def _instant(deadline_s: int | None) -> float:
 
 
 def _day_end(deadline_s: int | None) -> float:
-    """Return the end of the UTC day of a deadline: the store keeps person secrets by whole days."""
-    return math.inf if deadline_s is None else (deadline_s // _DAY_S + 1) * _DAY_S
+    """Return the first midnight (UTC) at or after a deadline: the store keeps person secrets by whole days."""
+    return math.inf if deadline_s is None else -(-deadline_s // _DAY_S) * _DAY_S
 
 
 def _oldest(entries: Collection[_K], limit: int, keep: Collection[_K]) -> list[_K]:

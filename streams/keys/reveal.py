@@ -1,14 +1,18 @@
 """The one library through which anything sealed opens: authorised, logged to `audit` by sid, never from a cache.
 
-The audit entry is written before anything opens; if it cannot be written, nothing opens. Destroyed, absent and
-corrupt are decided by tombstones and the clock, never by a failed tag.
+Rules of this file:
+- One audit entry per batch and stream is written before anything opens; if it cannot be written, nothing opens.
+- Destroyed, absent and corrupt are decided by tombstones and the clock, never by a failed tag.
+- What is about a person whose data is restricted opens for the privacy officer only (REG-1).
+- A correction is a record of its own, beside the one that it corrects and in the same partition (INF-11): its clear
+  envelope names that one's offset as `corrects`, its one part is of the group `correction`. It is opened with it.
 """
 
 import binascii
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from enum import StrEnum
 from typing import Any, NamedTuple
 
@@ -19,18 +23,25 @@ from processors.plan import Planner
 from processors.retention import instant
 from processors.screen.suppression import Tokens, covering_scopes
 from processors.screen.verdict import GATEWAY_CODES, Subject, Verdict, suppressed
-from schemas.catalog import CATALOG, partition_for
-from schemas.errors import InputInvalid, RevealDenied
+from schemas.catalog import CATALOG
+from schemas.errors import InputInvalid, RevealDenied, TokensChange
 from schemas.fields import REASON, PrivacyClass, classes_of, normalise
 from schemas.inbound import Cdr, Preference, Request
 from schemas.outbound import Message, Output
 from schemas.sealed import NO_PERSON, KeyId, Part, Sealed, aad_head, key_info, open_box, record_key, take_apart
+from streams.keys.audit import Auditor
 from streams.keys.roles import Principal
 from streams.keys.store import Gone, KeyStore
 from streams.log.protocol import Log, Stored
 from streams.state.suppressions import SuppressionTail
 
 CLEARED = "cleared"
+DPO = "dpo"
+CORRECTS = "corrects"
+"""Field of a correction's clear envelope: the offset of the record that it corrects."""
+NOT_OPENED = "not_opened"
+"""What stands in place of a correction's fields if it did not open: the state that says why."""
+_RESTRICTED = Verdict("restricted", "REG-1")
 _SALT = "salt:"
 _SID = re.compile(r"[0-9a-f]{32}")
 _CLASSES = classes_of(Request, Cdr, Preference)
@@ -51,15 +62,33 @@ _REVEALED, _ABSENT = State.REVEALED, Gone.ABSENT  # Python 3.11 takes 0.09 µs t
 
 
 class Revealed(NamedTuple):
-    """One record after an attempt to open it. `fields` is personal data; `reason` says why it was denied."""
+    """One record after an attempt to open it. `fields` is personal data; `reason` says why it was denied.
+
+    `corrections`: the fields of its corrections, oldest first; of one that did not open `{NOT_OPENED: state}`.
+    """
 
     state: State
     fields: dict[str, Any]
     withheld: tuple[str, ...] = ()
     reason: str | None = None
+    corrections: tuple[dict[str, Any], ...] = ()
 
     def __repr__(self) -> str:
         return f"Revealed({self.state.value})"
+
+
+class _Asked(NamedTuple):
+    """A message, its value taken apart (None: it cannot be), why it is not opened, and its corrections."""
+
+    message: Stored
+    sealed: Sealed | None
+    denied: str | None
+    corrections: tuple["_Asked", ...] = ()
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What is to be opened of it."""
+        return self.sealed.parts if self.sealed is not None and self.denied is None else ()
 
 
 class Revealer:
@@ -71,6 +100,7 @@ class Revealer:
         store: KeyStore,
         planner: Planner,
         principal: Principal,
+        auditor: Auditor,
         clock: Callable[[], float] = time.time,
         on_denied: Callable[[Mapping[str, int]], None] = lambda _: None,
     ) -> None:
@@ -79,11 +109,11 @@ class Revealer:
         self._store = store
         self._planner = planner
         self._principal = principal
+        self._auditor = auditor
         self._clock = clock
         self._on_denied = on_denied
-        self._tail = SuppressionTail(log)
-        token_key = store.token_key()
-        self._tokens = Tokens(token_key.version, token_key.key)
+        self._tokens = Tokens(*store.token_keys().current)
+        self._tail = SuppressionTail(log, self._tokens.version)
 
     async def reveal(self, messages: Sequence[Stored], reason: str) -> list[Revealed]:
         """Return each message opened, or why not, in order; one audit entry per stream, written first.
@@ -117,9 +147,6 @@ class Revealer:
         if not REASON.fullmatch(reason):
             raise InputInvalid("the reason must be a code or case reference: at most 40 letters, digits, - _ /")
         now_s = int(self._clock())
-        taken: list[Sealed | None] = []
-        allowed: list[bool] = []
-        granted: dict[tuple[str, str], bool] = {}
         for stream in dict.fromkeys(message.stream for message in messages):
             if not self._principal.may_open(stream, None):
                 self._on_denied({"not_granted": 1})
@@ -127,43 +154,107 @@ class Revealer:
                     "this principal may not open this stream; ask for a grant in the roles file", stream=stream
                 )
             if stream == CLEARED:
-                await self._tail.catch_up()
+                await self._see_opt_outs()
         if all(_domain_of(message.stream) is None for message in messages):
             return [Revealed(State.REVEALED, {})] * len(messages), {}
-        for message in messages:
-            try:
-                found = take_apart(message.value)
-            except ValueError:
-                taken.append(None)
-                allowed.append(False)
-            else:
-                taken.append(found)
-                asked = (message.stream, found.account)
-                if asked not in granted:
-                    granted[asked] = self._principal.may_open(message.stream, found.account or None)
-                allowed.append(granted[asked])
-        await self._audit(messages, taken, allowed, reason, action, now_s)
-        parts = [part for sealed, may in zip(taken, allowed, strict=True) if sealed and may for part in sealed.parts]
+        asked = self._unless_restricted(await self._with_corrections(self._taken(messages)))
+        await self._audit(asked, reason, action)
+        parts = [part for one in asked for each in (one, *one.corrections) for part in each.parts]
         epochs = self._store.open_epochs(_key_ids(parts), now_s)
-        persons = self._store.open_persons({part.sid for part in parts if _SID.fullmatch(part.sid)})
+        persons = self._store.open_persons(_sids(parts), now_s)
         now_at = instant(now_s)
         results: list[Revealed] = []
         refusals: dict[int, list[Message]] = {}
-        for message, sealed, may in zip(messages, taken, allowed, strict=True):
-            if sealed is None:
-                result = Revealed(State.CORRUPT, {})
-            elif not may:
-                result = Revealed(State.DENIED, {}, (), "not_granted_for_account")
-            else:
-                result = _open(message.stream, sealed, epochs, persons, now_at)
-                if message.stream == CLEARED and result.state is _REVEALED:
+        for one in asked:
+            message, sealed = one.message, one.sealed
+            result = _open(one, epochs, persons, now_at)
+            if message.stream == CLEARED and sealed is not None:
+                why = _RESTRICTED if one.denied == _RESTRICTED.reason else None
+                if result.state is _REVEALED:
                     why = self._forbidden(sealed, result.fields, now_s)
-                    if why is not None:
-                        result = Revealed(State.DENIED, {}, (), why.reason)
-                        refusals.setdefault(message.partition, []).append(self._second_verdict(sealed, why, now_s))
+                if why is not None:
+                    result = Revealed(State.DENIED, {}, (), why.reason)
+                    refusals.setdefault(message.partition, []).append(self._second_verdict(sealed, why, now_s))
+            elif result.state is _REVEALED and one.corrections:
+                opened = [(each, _open(each, epochs, persons, now_at)) for each in one.corrections]
+                result = result._replace(corrections=tuple(_correction(one, *each) for each in opened))
             results.append(result)
         self._on_denied(Counter(one.reason for one in results if one.reason is not None))
         return results, refusals
+
+    async def _see_opt_outs(self) -> None:
+        """Read the suppressions to their end, under the token key that they are under. Raises TokensChange, LogBusy.
+
+        The token key is asked for after reading: what was read then is under the key that is current, or is also.
+        """
+        while True:
+            await self._tail.catch_up()
+            keys = self._store.token_keys()
+            if keys.changing:
+                raise TokensChange
+            if keys.current.version == self._tokens.version:
+                return
+            self._tokens = Tokens(*keys.current)
+            self._tail.follow(self._tokens.version)
+
+    def _taken(self, messages: Sequence[Stored]) -> list[_Asked]:
+        """Return the messages taken apart, each with why the grants of this principal do not open it, if so."""
+        granted: dict[tuple[str, str], bool] = {}
+        asked = []
+        for message in messages:
+            try:
+                sealed = take_apart(message.value)
+            except ValueError:
+                asked.append(_Asked(message, None, None))
+                continue
+            whose = (message.stream, sealed.account)
+            if whose not in granted:
+                granted[whose] = self._principal.may_open(message.stream, sealed.account or None)
+            asked.append(_Asked(message, sealed, None if granted[whose] else "not_granted_for_account"))
+        return asked
+
+    async def _with_corrections(self, asked: list[_Asked]) -> list[_Asked]:
+        """Return what is asked for with the corrections there are of it; requests that wait to be sent have none."""
+        found: dict[tuple[str, int, int], list[int]] = {}
+        streams = {one.message.stream for one in asked if one.parts and one.message.stream != CLEARED}
+        for stream in streams:
+            places = [(one.message.partition, one.message.offset) for one in asked if one.message.stream == stream]
+            for place, offsets in self._store.ledger.corrections(stream, places).items():
+                found[stream, *place] = offsets
+        if not found:
+            return asked
+        for number, one in enumerate(asked):
+            here = (one.message.stream, one.message.partition, one.message.offset)
+            stored = [await self._correction(one.message, offset) for offset in found.get(here, ())]
+            asked[number] = one._replace(corrections=tuple(self._taken(stored)))
+        return asked
+
+    async def _correction(self, of: Stored, offset: int) -> Stored:
+        """Return the correction that lies at an offset of a message's partition; without a value if there is none."""
+        for stored in await self._log.read(of.stream, of.partition, offset, 1):
+            if stored.offset == offset:
+                return stored
+        return of._replace(offset=offset, value=b"")
+
+    def _unless_restricted(self, asked: list[_Asked]) -> list[_Asked]:
+        """Return what is asked for, denied where a part is of a restricted person and this is not the officer."""
+        restricted = self._store.restricted(_sids(part for one in asked for part in one.parts))
+        if not restricted:
+            return asked
+        return [
+            one._replace(denied=_RESTRICTED.reason)
+            if not restricted.isdisjoint(part.sid for part in one.parts) and not self._is_officer_for(one.sealed)
+            else one
+            for one in asked
+        ]
+
+    def _is_officer_for(self, sealed: Sealed | None) -> bool:
+        """Return whether this principal is the privacy officer for a record's account."""
+        account = sealed.account if sealed is not None else ""
+        return any(
+            grant.role == DPO and ("*" in grant.accounts or account in grant.accounts)
+            for grant in self._principal.grants
+        )
 
     def _forbidden(self, sealed: Sealed, fields: Mapping[str, Any], now_s: int) -> Verdict | None:
         """Return the refusal of an opened request that must not be sent any more, if so."""
@@ -195,41 +286,26 @@ class Revealer:
         )
         return Message(now_s * 1000, None, template.headers, value)
 
-    async def _audit(
-        self,
-        messages: Sequence[Stored],
-        taken: Sequence[Sealed | None],
-        allowed: Sequence[bool],
-        reason: str,
-        action: str,
-        now_s: int,
-    ) -> None:
+    async def _audit(self, asked: Sequence[_Asked], reason: str, action: str) -> None:
         """Write one entry per stream: who, when, why, which records, which people by sid."""
-        if not messages:
-            return
-        template = self._planner.output("audit", "", now_s)
-        outputs = []
-        partition = partition_for(self._principal.name.encode(), self._log.partitions)
-        for stream in dict.fromkeys(message.stream for message in messages):
-            rows = [row for row in zip(messages, taken, allowed, strict=True) if row[0].stream == stream]
-            sids = dict.fromkeys(part.sid for _, sealed, may in rows if sealed and may for part in sealed.parts)
-            entry = {
-                "v": 1,
-                "at": instant(now_s),
-                "action": action,
-                "principal": self._principal.name,
-                "role": self._principal.role_for(stream),
-                "stream": stream,
-                "reason": reason,
-                "records": [[message.partition, message.offset] for message, _, _ in rows],
-                "denied": sum(not may for _, _, may in rows),
-                "sids": [sid for sid in sids if _SID.fullmatch(sid)],
-                "privacy": orjson.Fragment(template.privacy),
-            }
-            outputs.append(
-                Output("audit", partition, [Message(now_s * 1000, None, template.headers, orjson.dumps(entry))])
+        for stream in dict.fromkeys(one.message.stream for one in asked):
+            here = [one for one in asked if one.message.stream == stream]
+            each = [every for one in here for every in ((one, *one.corrections) if one.denied is None else (one,))]
+            sids = _sids(part for one in each for part in one.parts)
+            await self._auditor.write(
+                action,
+                role=self._principal.role_for(stream),
+                reason=reason,
+                stream=stream,
+                records=[[one.message.partition, one.message.offset] for one in each],
+                denied=sum(one.denied is not None for one in here),
+                sids=list(sids),
             )
-        await self._log.append(outputs)
+
+
+def _sids(parts: Iterable[Part]) -> Collection[str]:
+    """Return the sids of the people that parts are about, each once, in order."""
+    return {part.sid: None for part in parts if _SID.fullmatch(part.sid)}.keys()
 
 
 def _key_ids(parts: Iterable[Part]) -> set[KeyId]:
@@ -242,14 +318,36 @@ def _key_ids(parts: Iterable[Part]) -> set[KeyId]:
     return ids
 
 
-def _open(
+def _open(one: _Asked, epochs: Mapping[KeyId, Any], persons: Mapping[str, Any], now_at: str) -> Revealed:
+    """Return what comes of opening what is asked for."""
+    if one.sealed is None:
+        return Revealed(State.CORRUPT, {})
+    if one.denied is not None:
+        return Revealed(State.DENIED, {}, (), one.denied)
+    return open_sealed(one.message.stream, one.sealed, epochs, persons, now_at)
+
+
+def _correction(of: _Asked, one: _Asked, opened: Revealed) -> dict[str, Any]:
+    """Return a correction's fields, or what says why it did not open; it must say itself what it corrects."""
+    if of.sealed is None or one.sealed is None:
+        return {NOT_OPENED: State.CORRUPT.value}
+    if one.sealed.fields.get(CORRECTS) != of.message.offset or one.sealed.account != of.sealed.account:
+        return {NOT_OPENED: State.CORRUPT.value}
+    return opened.fields if opened.state is _REVEALED else {NOT_OPENED: opened.state.value}
+
+
+def open_sealed(
     stream: str,
     sealed: Sealed,
     epochs: Mapping[KeyId, Any],
     persons: Mapping[str, Any],
     now_at: str,
 ) -> Revealed:
-    """Return one record opened under keys fetched for it, or the state that says why not."""
+    """Return one record opened under keys fetched for it, or the state that says why not, as of `now_at`.
+
+    `epochs` and `persons` are what `open_epochs` and `open_persons` of the key store gave. Who asks is not looked at
+    and nothing is noted: for the Revealer, and for a legal hold's copy, which opens to nobody.
+    """
     expires_at = (sealed.fields.get("privacy") or {}).get("expires_at")
     if isinstance(expires_at, str) and expires_at <= now_at:
         return Revealed(State.DESTROYED, {})

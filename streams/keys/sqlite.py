@@ -1,110 +1,83 @@
 """The key store of one deployment: one SQLite file of its own, shared by all processes on a machine.
 
 Rules of this file:
-- Every secret is wrapped by the random wrapping key of its destruction day, and that one by the KMS. The AAD names the
-  row, so that no two rows can be swapped and no deadline moved.
-- A wrapped key is destroyed by overwriting it in place. Rows of `epoch_keys` and `persons` are only appended, never
-  resized (hence the fixed widths), and not deleted while their KEK lives: secure_delete zeroes a deleted cell, but
-  when SQLite balances pages it leaves stale copies of cells that moved (measured: 1 in 10,000 survived a DELETE).
-- A transaction reads the destruction sequence first; keys cached in memory are dropped when it moved.
+- What it shares with other databases is in streams/keys/sql.py. Shared and exclusive transactions are the same here:
+  SQLite has one writer.
+- People have a table per month. A wrapped key is destroyed by overwriting it in place. Rows with wrapped keys are only
+  appended, never resized (hence the fixed widths), and not deleted while something beside them lives: secure_delete
+  zeroes a deleted cell, but when SQLite balances pages it leaves stale copies of cells that moved (measured: 1 in
+  10,000 survived a DELETE). When all in a month's table are dead, its rows are deleted in steps, and then the table.
+- `person_days` names the generations that have ever had rows in a month's table, so that no scan is for nothing.
 - The store appears whole or not at all: it is built under another name and linked into place.
 """
 
 import os
+import re
 import secrets
 import sqlite3
-import struct
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from datetime import UTC, datetime
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 from urllib.parse import quote
 
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-
-from processors.keyring import EpochKey, EpochRef, Needs, PersonRef, PersonSecret
 from schemas.errors import KeysBusy, KeysFull, KeysUnusable
-from schemas.sealed import MAX_SEALS_PER_KEY, NONCE_BYTES, SECRET_BYTES, KeyId, framed
-from streams.keys.kms_local import LocalKms, check_private, os_error, sync_folder
-from streams.keys.store import NEVER, Fetched, Gone, KeyStatus, TokenKey
+from schemas.sealed import MAX_SEALS_PER_KEY
+from streams.keys.kms_local import check_private, os_error, sync_folder
+from streams.keys.sql import STEP, TABLES, Mode, Row, SqlKeyStore, check_version, chunks, first_rows, marks
+from streams.keys.store import KmsMaker
+from streams.keys.wrapping import FOREVER, GONE, SID_BYTES, WRAPPED_BYTES, generation
 
-SCHEMA_VERSION = 1
-SEAL_BLOCK = 2**20
-"""Seals reserved at a time, so that a process writes here once in a million seals of an epoch."""
-
-_FOREVER = NEVER.ljust(10)  # every day in this file has ten characters
-_SID_BYTES = 16
-_WRAPPED_BYTES = NONCE_BYTES + SECRET_BYTES + 16
-_PERSON_DRAW = struct.Struct(f"{_SID_BYTES}s{SECRET_BYTES}s{NONCE_BYTES}s")
-_CHUNK = 500  # values in one IN list
-_MAX_CIPHERS = 1024  # wrapping keys held in memory
-_STALE_LEASE_S = 86_400.0
-
-_SCHEMA = """
-CREATE TABLE meta (name TEXT PRIMARY KEY, value NOT NULL);
-CREATE TABLE wrapping_keys (day TEXT PRIMARY KEY, wrapped BLOB NOT NULL);
-CREATE TABLE token_keys (version INTEGER PRIMARY KEY, wrapped BLOB NOT NULL);
-CREATE TABLE epoch_keys (domain TEXT NOT NULL, owner TEXT NOT NULL, epoch TEXT NOT NULL, version INTEGER NOT NULL,
-    day TEXT NOT NULL, deadline_s INTEGER, wrapped BLOB NOT NULL, seals TEXT NOT NULL,
-    UNIQUE (domain, owner, epoch, version));
-CREATE TABLE persons (owner TEXT NOT NULL, token BLOB NOT NULL, month TEXT NOT NULL, sid BLOB NOT NULL UNIQUE,
-    day TEXT NOT NULL, wrapped BLOB NOT NULL, UNIQUE (owner, token, month));
-CREATE TABLE epoch_tombstones (domain TEXT NOT NULL, owner TEXT NOT NULL, epoch TEXT NOT NULL, at_s INTEGER NOT NULL,
-    PRIMARY KEY (domain, owner, epoch)) WITHOUT ROWID;
-CREATE TABLE sid_tombstones (sid BLOB PRIMARY KEY, at_s INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TABLE leases (process_id TEXT PRIMARY KEY, expires_s REAL NOT NULL, seen INTEGER NOT NULL);
+_TYPES = {"text": "TEXT", "bytes": "BLOB", "int": "INTEGER", "real": "REAL"}
+_SCHEMA = (
+    TABLES.format(**_TYPES)
+    + "CREATE TABLE person_days (month TEXT NOT NULL, kek TEXT NOT NULL, PRIMARY KEY (month, kek))"
+)
+_MONTH_TABLE = """
+CREATE TABLE {0} (owner TEXT NOT NULL, token BLOB NOT NULL, sid BLOB NOT NULL, kek TEXT NOT NULL,
+    wrapped BLOB NOT NULL, tokens TEXT NOT NULL);
+CREATE UNIQUE INDEX {0}_person ON {0} (token, owner);
+CREATE UNIQUE INDEX {0}_sid ON {0} (sid);
 """
-_OVERWRITE_PERSON = f"token = randomblob(16), sid = randomblob({_SID_BYTES}), wrapped = randomblob({_WRAPPED_BYTES})"
+_MONTH = re.compile(r"[0-9]{4}-[0-9]{2}")
+_PREFIX = "persons_"
+_OVERWRITE = (
+    f"token = randomblob(16), sid = randomblob({SID_BYTES}), wrapped = randomblob({WRAPPED_BYTES}), "
+    f"kek = '{GONE}', tokens = '0000'"
+)
 
 
-class SqliteKeyStore:
+class SqliteKeyStore(SqlKeyStore):
     """The keys of one deployment (`KeyStore`). One instance may be shared by threads; calls then take turns."""
 
-    def __init__(
-        self, db: sqlite3.Connection, path: Path, kms_folder: Path, clock: Callable[[], float], max_seals: int
-    ) -> None:
+    def __init__(self, db: sqlite3.Connection, path: Path, clock: Callable[[], float], max_seals: int) -> None:
+        super().__init__(clock, max_seals)
         self._db = db
         self._path = path
-        self._clock = clock
-        self._max_seals = max_seals
-        self._lock = threading.Lock()
-        self._sequence = -1
-        self._ciphers: dict[str, AESGCM] = {}  # destruction day → wrapping key
-        meta = _read_meta(db, path)
-        self.store_id: str = meta["store_id"]
-        self.kms = LocalKms.open(kms_folder, self.store_id)
-        if not secrets.compare_digest(self.kms.check, meta["root_check"]):
-            raise KeysUnusable(
-                "the root key is not the one of this key store; restore the right one from its backup",
-                path=str(kms_folder),
-            )
-
-    def __repr__(self) -> str:
-        return f"SqliteKeyStore({self.store_id})"
+        self._tables: dict[str, str] | None = None  # month → table, as this transaction sees them
 
     @classmethod
     def open(
         cls,
         path: Path,
-        kms_folder: Path,
+        kms: KmsMaker,
         *,
         create: bool = True,
         clock: Callable[[], float] = time.time,
         busy_timeout_s: float = 10.0,
         max_seals: int = MAX_SEALS_PER_KEY,
+        outdated: bool = False,
     ) -> Self:
         """Return the key store at a path; if there is none, make it with its root key and token key.
 
-        Blocks on the disk, and up to `busy_timeout_s` on other processes, in this and every other call.
+        A store of the version before is brought up to date. `outdated`: open it even if it is older than the last
+        destruction. Blocks on disk, key management service, and up to `busy_timeout_s` on other processes, in this and
+        every other call.
         """
         with _translated(path):
             if create and not os.path.lexists(path):
-                _create(path, kms_folder)
+                _create(path, kms)
             try:
                 check_private(path.lstat(), path, "600")
             except FileNotFoundError as error:
@@ -113,314 +86,189 @@ class SqliteKeyStore:
                 raise os_error(error, path) from error
             db = _connect(path, busy_timeout_s)
             try:
+                _check(db, path)
                 db.execute("PRAGMA journal_mode = WAL")
-                return cls(db, path, kms_folder, clock, max_seals)
+                store = cls(db, path, clock, max_seals)
+                store._attach(kms, outdated=outdated)
             except BaseException:
                 db.close()
                 raise
+            return store
 
-    def close(self) -> None:
-        """Free the file and forget the wrapping keys; idempotent."""
-        with self._lock:
-            self._ciphers.clear()
-            self._db.close()
+    @contextmanager
+    def _begun(self, mode: Mode) -> Iterator[None]:
+        with _translated(self._path):
+            self._db.execute("BEGIN" if mode is Mode.READ else "BEGIN IMMEDIATE")
+            self._tables = None
+            try:
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                with suppress(sqlite3.Error):
+                    self._db.execute("ROLLBACK")
+                raise
 
-    # --- keys for sealing ------------------------------------------------------------------------------------
+    def _run(self, query: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        return self._db.execute(query, values).fetchall()
 
-    def token_key(self) -> TokenKey:
-        """Return the newest token key, made together with the store."""
-        with self._transaction("DEFERRED"):
-            row = self._db.execute("SELECT version, wrapped FROM token_keys ORDER BY version DESC LIMIT 1").fetchone()
-            if row is None:
-                raise KeysUnusable("the key store has no token key; restore it from its backup", path=str(self._path))
-            version, wrapped = row
-            return TokenKey(version, _opened(self._cipher(_FOREVER), wrapped, _token_aad(version)))
+    def _run_many(self, query: str, rows: Sequence[Sequence[Any]]) -> None:
+        self._db.executemany(query, rows)
 
-    def fetch(self, needs: Needs, now_s: int) -> Fetched:
-        """Get or create what is needed, as `KeyStore.fetch`; takes the write lock only to create or to reserve.
+    def _now_s(self) -> float:
+        return self._clock()
 
-        A person whose deadline is at or before `now_s` is left out. A secret whose day is over is dead: its sid gets a
-        tombstone and the person a new secret.
-        """
-        today = _day(now_s)
-        days = {ref: _day(deadline) for ref, deadline in needs.persons.items() if _alive(deadline, now_s)}
-        with self._transaction("DEFERRED") as sequence:
-            persons, _ = self._known_persons(days)
-        missing = {ref: day for ref, day in days.items() if ref not in persons}
-        epochs: dict[EpochRef, EpochKey] = {}
-        granted: dict[EpochRef, int] = {}
-        if missing or needs.epochs:
-            with self._transaction("IMMEDIATE"):  # the first sequence stays: it is the one all of this is true for
-                persons |= self._create_persons(missing, today)
-                for epoch_ref, (deadline_s, seals) in needs.epochs.items():
-                    self._reserve(epoch_ref, deadline_s, seals, now_s, epochs, granted)
-        return Fetched(epochs, granted, persons, sequence)
+    # --- people ----------------------------------------------------------------------------------------------
 
-    def _known_persons(
-        self, days: Mapping[PersonRef, str]
-    ) -> tuple[dict[PersonRef, PersonSecret], list[tuple[PersonRef, bytes, str, bytes]]]:
-        """Return the secrets kept to their day at least, and the rows of those that are not: ref, sid, day, wrapped."""
-        groups: dict[tuple[str, str], dict[bytes, tuple[PersonRef, str]]] = {}
-        for ref, wanted in days.items():
-            groups.setdefault((ref.owner, ref.month), {})[ref.token] = ref, wanted
-        persons: dict[PersonRef, PersonSecret] = {}
-        short: list[tuple[PersonRef, bytes, str, bytes]] = []
-        for (owner, month), refs in groups.items():
-            head = _person_aad_head(owner, month)
-            for chunk in _chunks(list(refs)):
-                query = (
-                    "SELECT token, sid, day, wrapped FROM persons "
-                    f"WHERE owner = ? AND month = ? AND token IN ({_marks(chunk)})"
-                )
-                for token, sid, day, wrapped in self._db.execute(query, (owner, month, *chunk)):
-                    ref, wanted = refs[token]
-                    if day >= wanted:
-                        cipher = self._ciphers.get(day) or self._cipher(day)
-                        persons[ref] = PersonSecret(sid.hex(), _opened(cipher, wrapped, head + sid + token))
-                    else:
-                        short.append((ref, sid, day, wrapped))
-        return persons, short
+    def _months(self) -> dict[str, str]:
+        """Return month → table; inside a transaction."""
+        if self._tables is None:
+            query = f"SELECT name FROM sqlite_master WHERE type = 'table' AND name GLOB '{_PREFIX}[0-9]*'"
+            self._tables = {name.removeprefix(_PREFIX).replace("_", "-"): name for (name,) in self._run(query)}
+        return self._tables
 
-    def _person(self, ref: PersonRef, sid: bytes, day: str, wrapped: bytes) -> PersonSecret:
-        return PersonSecret(sid.hex(), _opened(self._cipher(day), wrapped, _person_aad(ref, sid)))
+    def _month_table(self, month: str) -> str:
+        """Return the table of a month, made if it is not there; inside a transaction that writes."""
+        if not _MONTH.fullmatch(month):
+            raise ValueError("not a month")
+        table = self._months().get(month)
+        if table is None:
+            table = self._months()[month] = _PREFIX + month.replace("-", "_")
+            for statement in _statements(_MONTH_TABLE.format(table)):
+                self._run(statement)
+        return table
 
-    def _create_persons(self, missing: Mapping[PersonRef, str], today: str) -> dict[PersonRef, PersonSecret]:
-        """Return a secret for each, kept to its day at least: the winner's, re-wrapped or new."""
-        persons, short = self._known_persons(missing)
-        rewrapped: list[tuple[str, bytes, bytes]] = []
-        dead: list[bytes] = []
-        for ref, sid, day, wrapped in short:
-            if day < today:
-                dead.append(sid)
-                continue
-            persons[ref] = self._person(ref, sid, day, wrapped)
-            later = self._cipher(missing[ref], make=True)
-            again = _sealed(later, persons[ref].secret, _person_aad(ref, sid))
-            rewrapped.append((missing[ref], again, sid))
-        self._bury_persons(dead)
-        self._db.executemany("UPDATE persons SET day = ?, wrapped = ? WHERE sid = ?", rewrapped)
-        made: list[tuple[str, bytes, str, bytes, str, bytes]] = []
-        new = [ref for ref in missing if ref not in persons]
-        draws = _PERSON_DRAW.iter_unpack(os.urandom(_PERSON_DRAW.size * len(new)))  # one call of the system for all
-        for ref, (sid, secret, nonce) in zip(new, draws, strict=True):
-            day = missing[ref]
-            cipher = self._ciphers.get(day) or self._cipher(day, make=True)
-            wrapped = nonce + cipher.encrypt(nonce, secret, _person_aad(ref, sid))
-            made.append((ref.owner, ref.token, ref.month, sid, day, wrapped))
-            persons[ref] = PersonSecret(sid.hex(), secret)
-        self._db.executemany("INSERT INTO persons VALUES (?, ?, ?, ?, ?, ?)", made)
-        return persons
+    def _find_persons(self, owner: str, month: str, tokens: list[bytes]) -> Iterable[tuple[bytes, bytes, str, bytes]]:
+        table = self._months().get(month)
+        if table is not None:
+            for chunk in chunks(tokens):
+                query = f"SELECT token, sid, kek, wrapped FROM {table} WHERE owner = ? AND token IN ({marks(chunk)})"
+                yield from self._db.execute(query, (owner, *chunk))
 
-    def _reserve(
-        self,
-        ref: EpochRef,
-        deadline_s: int | None,
-        seals: int,
-        now_s: int,
-        epochs: dict[EpochRef, EpochKey],
-        granted: dict[EpochRef, int],
-    ) -> None:
-        """Put the epoch's key and a block of seals into `epochs` and `granted`, unless it is dead."""
-        if seals > self._max_seals:
-            raise ValueError("more seals asked for than one key may give")
-        if not _alive(deadline_s, now_s) or self._has_tombstone(ref):
-            return
-        row = self._db.execute(
-            "SELECT version, deadline_s, day, wrapped, seals FROM epoch_keys "
-            "WHERE domain = ? AND owner = ? AND epoch = ? ORDER BY version DESC LIMIT 1",
-            ref,
-        ).fetchone()
-        version, used = 0, self._max_seals
-        if row is not None:
-            version, deadline_s, day, wrapped = row[:4]
-            used = int(row[4])
-            if not _alive(deadline_s, now_s):
-                return
-        if row is not None and used + seals <= self._max_seals:
-            key_id = KeyId(*ref, version)
-            key = _opened(self._cipher(day), wrapped, _epoch_aad(key_id, deadline_s))
-        else:
-            key_id, key, used, day = KeyId(*ref, version + 1), os.urandom(SECRET_BYTES), 0, _day(deadline_s)
-            wrapped = _sealed(self._cipher(day, make=True), key, _epoch_aad(key_id, deadline_s))
-            self._db.execute(
-                "INSERT INTO epoch_keys VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                (*key_id, day, deadline_s, wrapped, _count(0)),
+    def _find_tokens(self, tokens: list[bytes]) -> list[Row]:
+        return self._find("token", tokens)
+
+    def _find_sids(self, sids: list[bytes]) -> list[Row]:
+        return self._find("sid", sids)
+
+    def _find(self, column: str, values: list[bytes]) -> list[Row]:
+        found: list[Row] = []
+        for month, table in self._months().items():
+            for chunk in chunks(values):
+                query = f"SELECT owner, token, ?, sid, kek, wrapped FROM {table} WHERE {column} IN ({marks(chunk)})"
+                found += self._db.execute(query, (month, *chunk))
+        return found
+
+    def _add_persons(self, rows: list[Row], token_version: int) -> Collection[Row]:
+        tokens = f"{token_version:04d}"
+        for month, some in _by_month(rows):
+            self._note_days(month, {row[4] for row in some})
+            self._db.executemany(
+                f"INSERT INTO {self._month_table(month)} VALUES (?, ?, ?, ?, ?, ?)",
+                [(owner, token, sid, kek, wrapped, tokens) for owner, token, _, sid, kek, wrapped in some],
             )
-        granted[ref] = min(max(seals, SEAL_BLOCK), self._max_seals - used)
-        self._db.execute(
-            "UPDATE epoch_keys SET seals = ? WHERE domain = ? AND owner = ? AND epoch = ? AND version = ?",
-            (_count(used + granted[ref]), *key_id),
+        return ()  # the lock was had before anybody looked
+
+    def _note_days(self, month: str, keks: Iterable[str]) -> None:
+        self._run_many("INSERT OR IGNORE INTO person_days VALUES (?, ?)", [(month, kek) for kek in keks])
+
+    def _move_persons(self, moves: list[tuple[str, bytes, Row]]) -> None:
+        for kek, wrapped, row in moves:
+            table = self._months().get(row[2])
+            if table is not None:
+                self._note_days(row[2], [kek])
+                query = f"UPDATE {table} SET kek = ?, wrapped = ? WHERE sid = ? AND kek < ?"
+                self._db.execute(query, (kek, wrapped, row[3], kek))
+
+    def _forget_persons(self, rows: Collection[Row]) -> None:
+        for month, some in _by_month(rows):
+            query = f"UPDATE {self._months()[month]} SET {_OVERWRITE} WHERE sid = ?"
+            self._db.executemany(query, [(row[3],) for row in some])
+
+    def _persons_under(self, keks: list[str]) -> Iterator[list[Row]]:
+        with self._transaction(Mode.READ):
+            query = f"SELECT DISTINCT month FROM person_days WHERE kek IN ({marks(keks)})"
+            months = [month for (month,) in self._run(query, keks)]
+        for month in months:
+            last = 0
+            while True:
+                with self._transaction(Mode.READ):
+                    table = self._months().get(month)
+                    rows = (
+                        []
+                        if table is None
+                        else self._run(
+                            f"SELECT rowid, owner, token, ?, sid, kek, wrapped FROM {table} "
+                            f"WHERE rowid > ? AND kek IN ({marks(keks)}) ORDER BY rowid LIMIT {STEP}",
+                            (month, last, *keks),
+                        )
+                    )
+                if not rows:
+                    break
+                last = rows[-1][0]
+                yield [row[1:] for row in rows]
+
+    def _bury_persons(self, day: str) -> int:
+        low, high = f"{day}.", f"{day}/"  # around the generations of the day
+        with self._transaction(Mode.READ):
+            months = self._run("SELECT DISTINCT month FROM person_days WHERE kek > ? AND kek < ?", (low, high))
+        return sum(self._bury_month(month, low, high) for (month,) in months)
+
+    def _bury_month(self, month: str, low: str, high: str) -> int:
+        """Overwrite what is under a day in a month's table; if nothing of a later day is in it, delete it all."""
+        with self._transaction(Mode.READ):
+            table = self._months().get(month)
+            live = self._run("SELECT 1 FROM person_days WHERE month = ? AND kek > ? LIMIT 1", (month, high))
+        buried, last = 0, 0
+        while table is not None:
+            with self._transaction(Mode.READ):
+                query = f"SELECT rowid, kek FROM {table} WHERE rowid > ? AND kek < ? ORDER BY rowid LIMIT {STEP}"
+                if live:
+                    query = query.replace("kek <", f"kek > '{low}' AND kek <")
+                rows = self._run(query, (last, high))
+            if not rows:
+                break
+            ids = [(rowid, high) for rowid, _ in rows]
+            with self._transaction(Mode.EXCLUSIVE):
+                change = f"UPDATE {table} SET {_OVERWRITE}" if live else f"DELETE FROM {table}"
+                self._run_many(f"{change} WHERE rowid = ? AND kek < ?", ids)
+            buried += sum(kek > low for _, kek in rows)
+            last = rows[-1][0]
+        with self._transaction(Mode.EXCLUSIVE):
+            table = self._months().get(month)
+            if table is not None and not live and not self._run(f"SELECT 1 FROM {table} LIMIT 1"):
+                self._run(f"DROP TABLE {table}")
+                self._run("DELETE FROM person_days WHERE month = ?", (month,))
+            self._run("DELETE FROM person_days WHERE month = ? AND kek > ? AND kek < ?", (month, low, high))
+        return buried
+
+    def _has_tokens(self, version: int) -> bool:
+        tables = self._months().values()
+        return any(
+            self._run(f"SELECT 1 FROM {table} WHERE tokens = ? LIMIT 1", (f"{version:04d}",)) for table in tables
         )
-        epochs[ref] = EpochKey(key_id, key, deadline_s)
 
-    # --- leases ----------------------------------------------------------------------------------------------
-
-    def renew_lease(self, process_id: str, expires_s: float, seen_sequence: int) -> int:
-        """Extend a lease to `expires_s` (Unix s), durable on return; return the current destruction sequence."""
-        with self._transaction("IMMEDIATE") as sequence:
-            self._db.execute(
-                "INSERT INTO leases VALUES (?, ?, ?) "
-                "ON CONFLICT (process_id) DO UPDATE SET expires_s = excluded.expires_s, seen = excluded.seen",
-                (process_id, expires_s, seen_sequence),
-            )
-            self._db.execute("DELETE FROM leases WHERE expires_s < ?", (expires_s - _STALE_LEASE_S,))
-        return sequence
-
-    def drop_lease(self, process_id: str) -> None:
-        """End a process's lease at once; idempotent."""
-        with self._transaction("IMMEDIATE"):
-            self._db.execute("DELETE FROM leases WHERE process_id = ?", (process_id,))
-
-    def leases(self, now_s: float) -> Mapping[str, int]:
-        """Return process id → destruction sequence seen, of the leases alive at `now_s`."""
-        with self._transaction("DEFERRED"):
-            return dict(self._db.execute("SELECT process_id, seen FROM leases WHERE expires_s > ?", (now_s,)))
-
-    # --- keys for opening ------------------------------------------------------------------------------------
-
-    def open_epochs(self, ids: Iterable[KeyId], now_s: int) -> dict[KeyId, EpochKey | Gone]:
-        """Return the keys named, each alive at `now_s`, or why it is gone."""
-        found: dict[KeyId, EpochKey | Gone] = {}
-        with self._transaction("DEFERRED"):
-            for key_id in ids:
-                row = self._db.execute(
-                    "SELECT deadline_s, day, wrapped FROM epoch_keys "
-                    "WHERE domain = ? AND owner = ? AND epoch = ? AND version = ?",
-                    key_id,
-                ).fetchone()
-                if self._has_tombstone(EpochRef(*key_id[:3])) or (row and not _alive(row[0], now_s)):
-                    found[key_id] = Gone.DESTROYED
-                elif row is None:
-                    found[key_id] = Gone.ABSENT
-                else:
-                    deadline_s, day, wrapped = row
-                    key = _opened(self._cipher(day), wrapped, _epoch_aad(key_id, deadline_s))
-                    found[key_id] = EpochKey(key_id, key, deadline_s)
-        return found
-
-    def open_persons(self, sids: Iterable[str]) -> dict[str, PersonSecret | Gone]:
-        """Return the secrets named by sid, or why each is gone; one whose day is over by the clock is destroyed."""
-        found: dict[str, PersonSecret | Gone] = dict.fromkeys(sids, Gone.ABSENT)
-        today = _day(int(self._clock()))
-        with self._transaction("DEFERRED"):
-            for chunk in _chunks([sid for text in found if (sid := _sid(text))]):
-                query = f"SELECT owner, token, month, sid, day, wrapped FROM persons WHERE sid IN ({_marks(chunk)})"
-                for owner, token, month, sid, day, wrapped in self._db.execute(query, chunk):
-                    text = sid.hex()
-                    if day < today:
-                        found[text] = Gone.DESTROYED
-                        continue
-                    cipher = self._ciphers.get(day) or self._cipher(day)
-                    aad = _person_aad_head(owner, month) + sid + token
-                    found[text] = PersonSecret(text, _opened(cipher, wrapped, aad))
-                query = f"SELECT sid FROM sid_tombstones WHERE sid IN ({_marks(chunk)})"
-                for (sid,) in self._db.execute(query, chunk):
-                    found[sid.hex()] = Gone.DESTROYED
-        return found
-
-    # --- destruction -----------------------------------------------------------------------------------------
-
-    def destroy_epoch(self, ref: EpochRef) -> int:
-        """Destroy all versions of an epoch key, leave a tombstone, and return the new destruction sequence.
-
-        On return no file of the store holds them, wrapped or not. May raise KeysBusy when they are destroyed but
-        still in the write-ahead file; calling again finishes it.
-        """
-        with self._transaction("IMMEDIATE") as sequence:
-            self._db.execute(
-                "UPDATE epoch_keys SET wrapped = randomblob(?) WHERE domain = ? AND owner = ? AND epoch = ?",
-                (_WRAPPED_BYTES, *ref),
-            )
-            self._db.execute("INSERT OR IGNORE INTO epoch_tombstones VALUES (?, ?, ?, ?)", (*ref, int(self._clock())))
-            self._bump(sequence)
-        self._truncate()
-        return sequence + 1
-
-    def destroy_person(self, owner: str, token: bytes) -> int:
-        """Destroy an owner's secrets of a person and what maps to their sids, and return the new sequence.
-
-        The sids get tombstones. Durability and KeysBusy as `destroy_epoch`.
-        """
-        with self._transaction("IMMEDIATE") as sequence:
-            rows = self._db.execute("SELECT sid FROM persons WHERE owner = ? AND token = ?", (owner, token))
-            self._bury_persons([sid for (sid,) in rows.fetchall()])
-            self._bump(sequence)
-        self._truncate()
-        return sequence + 1
-
-    def _bury_persons(self, sids: list[bytes]) -> None:
-        """Tombstone the sids and overwrite their rows in place; what is left of a row names nobody."""
-        at_s = int(self._clock())
-        self._db.executemany("INSERT OR IGNORE INTO sid_tombstones VALUES (?, ?)", [(sid, at_s) for sid in sids])
-        self._db.executemany(f"UPDATE persons SET {_OVERWRITE_PERSON} WHERE sid = ?", [(sid,) for sid in sids])
-
-    def _bump(self, sequence: int) -> None:
-        self._db.execute("UPDATE meta SET value = ? WHERE name = 'destruction_seq'", (sequence + 1,))
-
-    def _truncate(self) -> None:
+    def _settle(self) -> None:
         with self._lock, _translated(self._path):
             busy, _, _ = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
             if busy:
                 raise KeysBusy("destroyed, but a reader keeps the write-ahead file; destroy again to finish")
 
-    def _has_tombstone(self, ref: EpochRef) -> bool:
-        query = "SELECT 1 FROM epoch_tombstones WHERE domain = ? AND owner = ? AND epoch = ?"
-        return self._db.execute(query, ref).fetchone() is not None
-
-    def status(self, now_s: int) -> list[KeyStatus]:
-        """Return the epoch keys, tombstones included, by domain, owner and epoch."""
-        with self._transaction("DEFERRED"):
-            query = "SELECT domain, owner, epoch, count(*), max(deadline_s) FROM epoch_keys GROUP BY 1, 2, 3"
-            rows = {EpochRef(*row[:3]): (row[3], row[4]) for row in self._db.execute(query)}
-            dead = {EpochRef(*row) for row in self._db.execute("SELECT domain, owner, epoch FROM epoch_tombstones")}
-        lines = []
-        for ref in sorted(rows.keys() | dead):
-            versions, deadline_s = rows.get(ref, (0, None))
-            if ref in dead:
-                lines.append(KeyStatus(*ref, 0, deadline_s, "destroyed"))
-            else:
-                lines.append(KeyStatus(*ref, versions, deadline_s, "alive" if _alive(deadline_s, now_s) else "due"))
-        return lines
-
-    # --- below all of them -----------------------------------------------------------------------------------
-
-    def _cipher(self, day: str, *, make: bool = False) -> AESGCM:
-        """Return the wrapping key of a day; inside a transaction. `make`: create it if it does not exist."""
-        cipher = self._ciphers.get(day)
-        if cipher is None:
-            row = self._db.execute("SELECT wrapped FROM wrapping_keys WHERE day = ?", (day,)).fetchone()
-            if row is not None:
-                key = self.kms.unwrap(day.rstrip(), row[0])
-            elif make:
-                key = secrets.token_bytes(SECRET_BYTES)
-                self._db.execute("INSERT INTO wrapping_keys VALUES (?, ?)", (day, self.kms.wrap(day.rstrip(), key)))
-            else:
-                raise KeysUnusable("wrapping key missing; restore the key store from its backup", day=day.rstrip())
-            if len(self._ciphers) >= _MAX_CIPHERS:
-                self._ciphers.clear()
-            cipher = self._ciphers[day] = AESGCM(key)
-        return cipher
-
-    @contextmanager
-    def _transaction(self, mode: Literal["DEFERRED", "IMMEDIATE"]) -> Iterator[int]:
-        """Run one transaction, rolled back on any error; gives the destruction sequence at its start."""
-        with self._lock, _translated(self._path):
-            self._db.execute(f"BEGIN {mode}")
-            try:
-                (sequence,) = self._db.execute("SELECT value FROM meta WHERE name = 'destruction_seq'").fetchone()
-                if sequence != self._sequence:
-                    self._ciphers.clear()
-                    self._sequence = sequence
-                yield sequence
-                self._db.execute("COMMIT")
-            except BaseException:
-                self._ciphers.clear()  # it may hold a wrapping key that was not written
-                with suppress(sqlite3.Error):
-                    self._db.execute("ROLLBACK")
-                raise
+    def _close(self) -> None:
+        self._db.close()
 
 
-def _create(path: Path, kms_folder: Path) -> None:
+def _by_month(rows: Iterable[Row]) -> Iterable[tuple[str, list[Row]]]:
+    months: dict[str, list[Row]] = {}
+    for row in rows:
+        months.setdefault(row[2], []).append(row)
+    return months.items()
+
+
+def _statements(script: str) -> list[str]:
+    return [statement for statement in script.split(";") if statement.strip()]
+
+
+def _create(path: Path, open_kms: KmsMaker) -> None:
     """Make a whole key store appear at a path, with its root key and token key; or find that another process did."""
     store_id = secrets.token_hex(16)
     draft = path.with_name(f".{path.name}.{store_id}")
@@ -428,23 +276,14 @@ def _create(path: Path, kms_folder: Path) -> None:
         raise KeysUnusable("key store missing beside its write-ahead file; restore it from its backup", path=str(path))
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        kms = LocalKms.create(kms_folder, store_id)  # first: without a store it is harmless, the other way round is not
+        kms = open_kms(store_id, True)  # first: without a store it is harmless, the other way round is not
         os.close(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600))
-        with closing(_connect(draft, 0)) as db:
-            day_key, token_key = secrets.token_bytes(SECRET_BYTES), secrets.token_bytes(SECRET_BYTES)
-            db.executescript(f"BEGIN; {_SCHEMA}")
-            db.executemany(
-                "INSERT INTO meta VALUES (?, ?)",
-                [
-                    ("schema", SCHEMA_VERSION),
-                    ("store_id", store_id),
-                    ("root_check", kms.check),
-                    ("destruction_seq", 0),
-                ],
-            )
-            db.execute("INSERT INTO wrapping_keys VALUES (?, ?)", (_FOREVER, kms.wrap(NEVER, day_key)))
-            wrapped = _sealed(AESGCM(day_key), token_key, _token_aad(1))
-            db.execute("INSERT INTO token_keys VALUES (1, ?)", (wrapped,))
+        with closing(kms), closing(_connect(draft, 0)) as db:
+            db.execute("BEGIN")
+            for statement in _statements(_SCHEMA):
+                db.execute(statement)
+            for query, values in first_rows(kms, store_id):
+                db.execute(query, values)
             db.execute("COMMIT")
             db.execute("PRAGMA journal_mode = WAL")
         with suppress(FileExistsError):
@@ -469,23 +308,81 @@ def _connect(path: Path, busy_timeout_s: float) -> sqlite3.Connection:
     return db
 
 
-def _read_meta(db: sqlite3.Connection, path: Path) -> dict[str, Any]:
-    """Return the meta table. Raises KeysUnusable if the file is no key store that this version understands."""
+def _check(db: sqlite3.Connection, path: Path) -> None:
+    """Bring a store of version 1 up to date. Raises KeysUnusable if the file is no whole store of this version."""
+    meta = _read_meta(db)
+    if meta.get("schema") == 1:
+        _migrate(db)
+        meta = _read_meta(db)
+    check_version(meta)
+    with closing(sqlite3.connect(":memory:")) as whole:
+        whole.executescript(_SCHEMA)
+        if _columns(whole) - _columns(db):
+            raise KeysUnusable("the key store lacks a table or column; restore it from its backup", path=str(path))
+
+
+def _read_meta(db: sqlite3.Connection) -> dict[str, Any]:
+    """Return the meta table; empty if there is none."""
     try:
-        meta = dict(db.execute("SELECT name, value FROM meta"))
+        return dict(db.execute("SELECT name, value FROM meta"))
     except sqlite3.OperationalError as error:
         if getattr(error, "sqlite_errorcode", 0) != sqlite3.SQLITE_ERROR:  # anything but: no such table
             raise
-        meta = {}
-    if "schema" not in meta:
-        raise KeysUnusable("this file is not a key store; check the path", path=str(path))
-    if meta["schema"] != SCHEMA_VERSION:
-        raise KeysUnusable(
-            "the key store was made by another version of the program; use that one",
-            path=str(path),
-            schema=meta["schema"],
-        )
-    return meta
+        return {}
+
+
+def _columns(db: sqlite3.Connection) -> set[tuple[str, str]]:
+    query = "SELECT m.name, c.name FROM sqlite_master AS m, pragma_table_info(m.name) AS c WHERE m.type = 'table'"
+    return set(db.execute(query))
+
+
+_VERSION_1 = ("meta", "wrapping_keys", "token_keys", "epoch_keys", "persons", "sid_tombstones", "leases")
+_FROM_VERSION_1 = f"""
+INSERT INTO meta SELECT name, CASE name WHEN 'schema' THEN '2' WHEN 'root_check' THEN lower(hex(value))
+    ELSE CAST(value AS TEXT) END FROM old_meta;
+INSERT INTO meta VALUES ('tokens_changing', '0');
+INSERT INTO wrapping_keys SELECT day || '.0001', wrapped FROM old_wrapping_keys;
+INSERT INTO token_keys SELECT version, iif(version = (SELECT max(version) FROM old_token_keys), 'current', 'earlier'),
+    '{generation(FOREVER, 1)}', wrapped FROM old_token_keys;
+INSERT INTO epoch_keys SELECT domain, owner, epoch, version, iif(at_s IS NULL, day || '.0001', '{GONE}'), deadline_s,
+    wrapped, seals FROM old_epoch_keys LEFT JOIN epoch_tombstones USING (domain, owner, epoch);
+INSERT INTO epoch_keys SELECT domain, owner, epoch, 0, '{GONE}', NULL, randomblob({WRAPPED_BYTES}), '0000000000'
+    FROM epoch_tombstones LEFT JOIN old_epoch_keys USING (domain, owner, epoch) WHERE version IS NULL;
+INSERT INTO sid_tombstones SELECT sid, at_s FROM old_sid_tombstones;
+INSERT INTO person_days SELECT DISTINCT month, day || '.0001' FROM old_persons;
+DROP TABLE epoch_tombstones;
+"""
+
+
+def _migrate(db: sqlite3.Connection) -> None:
+    """Bring a store of version 1 to version 2, in one transaction; nothing if another process did.
+
+    Its days stay: there, what dies at a midnight is under the day that begins with it, and its secrets a day longer.
+    """
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        if _read_meta(db).get("schema") == 1:
+            for table in _VERSION_1:
+                db.execute(f"ALTER TABLE {table} RENAME TO old_{table}")
+            for statement in _statements(_SCHEMA + ";" + _FROM_VERSION_1):
+                db.execute(statement)
+            for (month,) in db.execute("SELECT DISTINCT month FROM old_persons").fetchall():
+                table = _PREFIX + month.replace("-", "_")
+                for statement in _statements(_MONTH_TABLE.format(table)):
+                    db.execute(statement)
+                db.execute(
+                    f"INSERT INTO {table} SELECT owner, token, sid, day || '.0001', wrapped, "
+                    "(SELECT printf('%04d', max(version)) FROM token_keys) FROM old_persons WHERE month = ?",
+                    (month,),
+                )
+            for table in _VERSION_1:
+                db.execute(f"DROP TABLE old_{table}")
+        db.execute("COMMIT")
+    except BaseException:
+        with suppress(sqlite3.Error):
+            db.execute("ROLLBACK")
+        raise
+    db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
 
 _PROBLEMS = {
@@ -520,64 +417,3 @@ def _translated(path: Path) -> Iterator[None]:
         if isinstance(error, sqlite3.OperationalError):
             raise KeysUnusable(_PROBLEMS[sqlite3.SQLITE_CORRUPT], path=str(path)) from error
         raise
-
-
-def _alive(deadline_s: int | None, now_s: int) -> bool:
-    return deadline_s is None or deadline_s > now_s
-
-
-@lru_cache(maxsize=4096)
-def _day(deadline_s: int | None) -> str:
-    """Return the destruction day of a deadline, its UTC date. Days compare as text; `_FOREVER` is after them all."""
-    return _FOREVER if deadline_s is None else datetime.fromtimestamp(deadline_s, UTC).date().isoformat()
-
-
-def _count(seals: int) -> str:
-    return f"{seals:010d}"
-
-
-def _sid(text: str) -> bytes | None:
-    """Return the bytes of a sid, or None if the text is none (a salt, for instance)."""
-    try:
-        sid = bytes.fromhex(text)
-    except ValueError:
-        return None
-    return sid if sid.hex() == text and len(sid) == _SID_BYTES else None
-
-
-def _chunks(values: list[bytes]) -> Iterator[list[bytes]]:
-    return (values[start : start + _CHUNK] for start in range(0, len(values), _CHUNK))
-
-
-def _marks(values: Sequence[bytes]) -> str:
-    return ",".join("?" * len(values))
-
-
-def _token_aad(version: int) -> bytes:
-    return framed(b"token", b"%d" % version)
-
-
-def _epoch_aad(key_id: KeyId, deadline_s: int | None) -> bytes:
-    deadline = b"" if deadline_s is None else b"%d" % deadline_s
-    return framed(b"epoch", *(str(part).encode() for part in key_id), deadline)
-
-
-def _person_aad(ref: PersonRef, sid: bytes) -> bytes:
-    return _person_aad_head(ref.owner, ref.month) + sid + ref.token  # sids have one length
-
-
-@lru_cache(maxsize=4096)
-def _person_aad_head(owner: str, month: str) -> bytes:
-    return framed(b"person", owner.encode(), month.encode())
-
-
-def _sealed(cipher: AESGCM, key: bytes, aad: bytes) -> bytes:
-    nonce = os.urandom(NONCE_BYTES)
-    return nonce + cipher.encrypt(nonce, key, aad)
-
-
-def _opened(cipher: AESGCM, wrapped: bytes, aad: bytes) -> bytes:
-    try:
-        return cipher.decrypt(wrapped[:NONCE_BYTES], wrapped[NONCE_BYTES:], aad)
-    except (InvalidTag, ValueError) as error:
-        raise KeysUnusable("a row of the key store was altered or damaged; restore it from its backup") from error

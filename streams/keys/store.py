@@ -1,18 +1,25 @@
-"""What a key store is: epoch keys, person secrets, token key, tombstones and leases. One contract suite for all.
+"""What a key store is: epoch keys, person secrets, token keys, tombstones and leases. One contract suite for all.
 
-Every call blocks (disk, network) and is safe from several processes. All raise `KeysBusy` or `KeysFull`
-(Retriable: nothing has happened) and `KeysUnusable` (Fatal; the message says what to do).
+Every call blocks (disk, network) and is safe from several processes, on several machines if the store is a server.
+All raise `KeysBusy`, `KeysFull`, `KmsUnavailable` or `KmsRefuses` (Retriable: nothing has happened, or what has is
+finished by calling again) and `KeysUnusable` (Fatal; the message says what to do).
 
-A `Kms` holds one key-encryption key (KEK) per destruction day. The store keeps one random wrapping key per day,
-wrapped by that KEK, and wraps epoch keys and person secrets with it, so that KMS calls do not grow with traffic.
+A `Kms` holds the key-encryption keys (KEK) of each destruction day. The store keeps one random wrapping key per day,
+wrapped by that KEK, and wraps epoch keys and person secrets with it, so that KMS calls do not grow with traffic. A day
+has generations: `rewrap` makes a new KEK and a new wrapping key, moves what is alive under them, and destroys the old
+KEK, so that no copy of the store made before opens what was destroyed since.
+
+The destruction day of a deadline is the UTC date of the second before it: what dies at a midnight is under the day
+that ends with it. A day is over, and its KEKs go, at the midnight that ends it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from typing import NamedTuple, Protocol
 
 from processors.keyring import EpochKey, EpochRef, Needs, PersonRef, PersonSecret
 from schemas.sealed import KeyId
+from streams.keys.ledger import Ledger
 
 NEVER = "never"
 """The destruction day of keys without a deadline."""
@@ -26,13 +33,26 @@ class Gone(Enum):
 
 
 class TokenKey(NamedTuple):
-    """The key under which numbers become tokens: version from 1, 32 bytes."""
+    """A key under which numbers become tokens: version from 1, 32 bytes."""
 
     version: int
     key: bytes
 
     def __repr__(self) -> str:
         return f"TokenKey({self.version})"
+
+
+class TokenKeys(NamedTuple):
+    """The token keys there are.
+
+    `current`: for all that is written and looked up now. `others`: older ones, under whose tokens people are still
+    known, and the one that a rotation under way will switch to. `changing`: nothing may be sealed or cleared until
+    the rotation is through.
+    """
+
+    current: TokenKey
+    others: tuple[TokenKey, ...]
+    changing: bool
 
 
 class Fetched(NamedTuple):
@@ -48,6 +68,29 @@ class Fetched(NamedTuple):
     sequence: int
 
 
+class Known(NamedTuple):
+    """A person secret that exists: whose it is, the month it is of, its sid, and the day it dies with."""
+
+    owner: str
+    month: str
+    sid: str
+    day: str
+
+
+class Destroyed(NamedTuple):
+    """What a destruction came to: the new destruction sequence, and the sids that are tombstoned now."""
+
+    sequence: int
+    sids: tuple[str, ...]
+
+
+class Buried(NamedTuple):
+    """What went with a destruction day: epoch key versions and person secrets."""
+
+    epochs: int
+    persons: int
+
+
 class KeyStatus(NamedTuple):
     """One line of `keys status`: domain, owner, epoch, versions alive, deadline (Unix s), state."""
 
@@ -60,28 +103,68 @@ class KeyStatus(NamedTuple):
 
 
 class Kms(Protocol):
-    """A key management service with one KEK per destruction day (`YYYY-MM-DD` or `NEVER`)."""
+    """A key management service.
 
-    def wrap(self, day: str, plaintext: bytes) -> bytes:
-        """Return the plaintext wrapped under the day's KEK, which is made durable first if it does not exist."""
+    A KEK is named by its destruction day (`YYYY-MM-DD` or `NEVER`) and generation: `DAY` is the first, `DAY.2` the
+    second, and so on.
+    """
 
-    def unwrap(self, day: str, wrapped: bytes) -> bytes:
-        """Return what was wrapped. Raises KeysUnusable if the KEK is missing, or is not the one that wrapped it."""
+    calls: int
+    """Requests that went to the service since it was opened."""
+    check: bytes
+    """What names the service's root of trust; a store keeps it to notice that it was opened beside another."""
+    waiting_period_s: int
+    """So long the service can still undo a deletion; 0: it cannot."""
 
-    def destroy(self, day: str) -> None:
-        """Delete the day's KEK for good; idempotent."""
+    def trusts(self, check: bytes) -> bool:
+        """Return whether `check` names this service, before or after a rotation of its root that is under way."""
 
-    def days(self) -> list[str]:
-        """Return the days that have a KEK, in order."""
+    def wrap(self, name: str, plaintext: bytes) -> bytes:
+        """Return the plaintext (at most 4096 bytes) wrapped under a KEK, which is made, durable, if it does not exist.
+
+        What is destroyed is never made again by this.
+        """
+
+    def unwrap(self, name: str, wrapped: bytes) -> bytes:
+        """Return what was wrapped. Raises KmsRefuses if the KEK is missing, or is not the one that wrapped it."""
+
+    def destroy(self, name: str) -> None:
+        """Delete a KEK for good; idempotent."""
+
+    def names(self) -> list[str]:
+        """Return the names of the KEKs there are, in order."""
+
+    def rotate_root(self) -> None:
+        """Replace what the KEKs themselves are wrapped by; killed half-way, calling again finishes it."""
+
+    def counter(self) -> int:
+        """Return the destruction counter of the store, kept here so that no backup of the store takes it back."""
+
+    def raise_counter(self, value: int) -> None:
+        """Raise the counter to at least `value`, durable on return; it never falls."""
+
+    def close(self) -> None:
+        """Free what is held; idempotent."""
+
+
+KmsMaker = Callable[[str, bool], Kms]
+"""Store id, and whether the store is being made (its root of trust is made with it) → its service."""
 
 
 class KeyStore(Protocol):
     """The keys of one deployment."""
 
     store_id: str
+    kms: Kms
+    ledger: Ledger
 
-    def token_key(self) -> TokenKey:
-        """Return the newest token key, made together with the store."""
+    def sequence(self) -> int:
+        """Return the destruction sequence: it grows with each destruction, re-wrap and change of token key."""
+
+    # --- sealing ----------------------------------------------------------------------------------------------
+
+    def token_keys(self) -> TokenKeys:
+        """Return the token keys; the first was made together with the store."""
 
     def fetch(self, needs: Needs, now_s: int) -> Fetched:
         """Get or create all keys and secrets that are needed; what was created is durable on return.
@@ -91,8 +174,8 @@ class KeyStore(Protocol):
         new version is minted. Epoch deadlines are fixed when the key is first minted.
         """
 
-    def renew_lease(self, process_id: str, expires_s: float, seen_sequence: int) -> int:
-        """Extend a process's key lease to `expires_s` (Unix s) and return the current destruction sequence.
+    def renew_lease(self, process_id: str, duration_s: float, seen_sequence: int) -> int:
+        """Extend a process's key lease to `duration_s` from now, by the store's clock, and return the sequence.
 
         `seen_sequence` tells the store which destructions the process has taken note of.
         """
@@ -100,26 +183,111 @@ class KeyStore(Protocol):
     def drop_lease(self, process_id: str) -> None:
         """End a process's lease at once; idempotent."""
 
-    def leases(self, now_s: float) -> Mapping[str, int]:
-        """Return process id → destruction sequence seen, of the leases alive at `now_s`."""
+    def leases(self) -> Mapping[str, int]:
+        """Return process id → destruction sequence seen, of the leases alive by the store's clock."""
+
+    # --- opening ----------------------------------------------------------------------------------------------
 
     def open_epochs(self, ids: Iterable[KeyId], now_s: int) -> dict[KeyId, EpochKey | Gone]:
         """Return the keys named, each alive at `now_s`, or why it is gone. Never from a cache."""
 
-    def open_persons(self, sids: Iterable[str]) -> dict[str, PersonSecret | Gone]:
-        """Return the secrets named by sid (32 hex digits), or why each is gone. Never from a cache."""
+    def open_persons(self, sids: Iterable[str], now_s: int) -> dict[str, PersonSecret | Gone]:
+        """Return the secrets named by sid (32 hex digits), each alive at `now_s`, or why it is gone.
+
+        Never from a cache.
+        """
+
+    def persons_of(self, tokens: Sequence[bytes]) -> list[Known]:
+        """Return the secrets of a person, known by these tokens (one per token key), by owner and month."""
+
+    def restricted(self, sids: Iterable[str]) -> set[str]:
+        """Return those of the sids whose person's data is restricted, for the owner of the secret (REG-1, Art. 18)."""
+
+    # --- destruction ------------------------------------------------------------------------------------------
 
     def destroy_epoch(self, ref: EpochRef) -> int:
-        """Delete all versions of an epoch key, leave a tombstone, and return the new destruction sequence."""
+        """Delete all versions of an epoch key, leave a tombstone, and return the new destruction sequence.
 
-    def destroy_person(self, owner: str, token: bytes) -> int:
-        """Delete an owner's secrets of a person and return the new destruction sequence.
-
-        The mapping from the person to their sids goes too; the sids keep a tombstone.
+        Also where the store never had that epoch. On return the KMS counter is at least that sequence.
         """
+
+    def destroy_persons(self, owner: str, tokens: Sequence[bytes]) -> Destroyed:
+        """Delete an owner's secrets of a person, known by these tokens, whatever the month.
+
+        The mapping from the person to their sids goes too; the sids keep a tombstone. Counter as `destroy_epoch`.
+        """
+
+    def destroy_sids(self, sids: Iterable[str]) -> Destroyed:
+        """Delete secrets named by sid; one that is not there gets its tombstone all the same."""
+
+    def due_epochs(self, now_s: int) -> list[tuple[EpochRef, int]]:
+        """Return the epochs whose deadline (Unix s) is at or before `now_s` and whose keys are still there, by it."""
+
+    def sids_of(self, owner: str) -> Iterator[list[str]]:
+        """Yield the sids of all secrets of an owner, some thousand at a time, which may be destroyed in between.
+
+        Reads through everybody's: seconds per million.
+        """
+
+    def due_days(self, now_s: int) -> list[str]:
+        """Return the destruction days that are over at `now_s` and not buried yet, oldest first."""
+
+    def bury_day(self, day: str, now_s: int) -> Buried:
+        """Delete all that is wrapped under a day that is over at `now_s`, then its KEKs; idempotent.
+
+        Killed half-way, calling again finishes it. Epochs get a tombstone; sids need none, for what they sealed is
+        under epochs that are dead. Raises ValueError for `NEVER` and for a day that is not over.
+        """
+
+    def rewrap(self, day: str) -> int:
+        """Move what is alive under a day to a new generation, destroy the old KEK; return the rows moved.
+
+        Works in steps that hold no lock for long; killed half-way, calling again finishes it. Nobody has to stop.
+        """
+
+    def stale_days(self) -> dict[str, int]:
+        """Return days under which something was destroyed before its day → Unix s of the first such destruction.
+
+        An older copy of the store can open that until the day is re-wrapped.
+        """
+
+    def lost(self) -> list[str]:
+        """Return the KEKs that keys of the store are under and the service lacks, in order: those open no more.
+
+        So it is after a KEK was deleted behind the store's back, and in a copy of the store from before a re-wrap.
+        """
+
+    # --- upkeep -----------------------------------------------------------------------------------------------
+
+    def rotate_root(self) -> None:
+        """Rotate the root of the KMS and take note of it; killed half-way, calling again finishes it."""
+
+    def add_token_key(self) -> TokenKey:
+        """Make the token key that a rotation will switch to, or return the one that is waiting for that."""
+
+    def hold_tokens(self) -> int:
+        """Begin the switch: `changing` is set, and the destruction sequence moves. Idempotent; returns the sequence."""
+
+    def switch_tokens(self) -> int:
+        """End the switch: the waiting token key is current, `changing` is off, the sequence moves. Idempotent."""
+
+    def destroy_token_key(self, version: int) -> None:
+        """Delete an older token key that no person is known under any more. Raises ValueError otherwise."""
+
+    def secret(self, name: str) -> bytes | None:
+        """Return a small secret kept beside the keys (at most 1024 bytes), wrapped under the day `NEVER`."""
+
+    def put_secret(self, name: str, value: bytes) -> None:
+        """Keep a small secret; replaces one of the same name."""
+
+    def drop_secret(self, name: str) -> None:
+        """Delete a small secret; idempotent."""
 
     def status(self, now_s: int) -> list[KeyStatus]:
         """Return the epoch keys, tombstones included, by domain, owner and epoch."""
+
+    def catch_up(self) -> None:
+        """Raise an outdated store's sequence to the KMS counter, after its destructions were done again."""
 
     def close(self) -> None:
         """Free what is held; idempotent."""

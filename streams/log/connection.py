@@ -11,7 +11,6 @@ import asyncio
 import functools
 import logging
 import ssl
-import stat
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
@@ -26,6 +25,7 @@ from aiokafka.errors import (
     SaslAuthenticationFailed,
     UnsupportedSaslMechanismError,
 )
+from aiokafka.protocol.admin import DeleteRecordsRequest
 from aiokafka.protocol.api import Request, RequestStruct, Response
 from aiokafka.protocol.fetch import FetchRequest
 from aiokafka.protocol.offset import OffsetRequest
@@ -36,6 +36,7 @@ from aiokafka.record.memory_records import MemoryRecords
 from schemas.errors import Fenced, LogBusy, LogFull, LogUnusable, StreamveilError
 from schemas.outbound import Headers, Message
 from streams.config import Kafka
+from streams.secretfile import read_secret
 
 REQUEST_TIMEOUT_MS: Final = 4000
 METADATA_TRIES: Final = 50
@@ -436,6 +437,21 @@ class Connection:
                 found[place] = Fetched(messages, offsets, next_offset, high_watermark, last_stable)
         return found
 
+    @patient
+    async def delete(self, wanted: Mapping[Place, int]) -> None:
+        """Have the brokers delete what lies before an offset, per place. Raises LogBusy or LogUnusable; idempotent."""
+
+        async def ask(node: int, mine: list[Place]) -> None:
+            topics: dict[str, list[tuple[int, int]]] = {}
+            for place in mine:
+                topics.setdefault(place.topic, []).append((place.partition, wanted[place]))
+            answer = await self.ask(node, DeleteRecordsRequest(list(topics.items()), REQUEST_TIMEOUT_MS))
+            for found in answer.topics:
+                for part in found[1]:  # partition, its new beginning, code
+                    self._check(part[2], found[0], part[0])
+
+        await asyncio.gather(*[ask(node, mine) for node, mine in (await self.leaders(list(wanted))).items()])
+
     def _check(self, code: int, topic: str, partition: int) -> None:
         if code:
             self.stale()
@@ -521,14 +537,4 @@ def tls_context(settings: Kafka) -> ssl.SSLContext:
 
 def password(settings: Kafka) -> str:
     """Return the password of the user; its file must be its owner's alone. Raises LogUnusable."""
-    path = settings.password_path or Path()
-    try:
-        mode = path.stat().st_mode
-        text = path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        raise LogUnusable("the file with the brokers' password cannot be read", file=str(path)) from None
-    if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise LogUnusable("others may read the file with the brokers' password: chmod 600 it", file=str(path))
-    if not text:
-        raise LogUnusable("the file with the brokers' password is empty", file=str(path))
-    return text
+    return read_secret(settings.password_path or Path(), "the brokers' password", LogUnusable)

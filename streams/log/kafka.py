@@ -216,6 +216,23 @@ class KafkaLog:
         """Return the offset before which everything is committed or will never be (last stable), per partition."""
         return await self.connection.offsets(await self.topic(stream), LATEST, stable=True)
 
+    async def cut(self, stream: str, offsets: Sequence[int]) -> list[int]:
+        """Delete what lies before these offsets, one per partition, and return the new `begin_offsets`.
+
+        The brokers delete the files of a segment once all of it is before the beginning. They compact `suppressions`
+        by themselves, and nothing is cut there. Raises LogUnusable if the user of `[kafka]` lacks the right.
+        """
+        if stream in INPUTS:
+            raise ValueError("an input stream is cut by those who consume it")
+        topic, begins = await self.topic(stream), await self.begin_offsets(stream)
+        asked = {Place(topic, partition): offset for partition, offset in enumerate(offsets)}
+        more = {place: offset for place, offset in asked.items() if offset > begins[place.partition]}
+        if not more or CATALOG[stream].compacted:
+            return begins
+        await self.connection.delete(more)
+        self._rest = None
+        return await self.begin_offsets(stream)
+
     # --- consuming ----------------------------------------------------------------------------------------------
 
     def consumer(self, worker_id: str) -> "KafkaConsumer":

@@ -77,6 +77,13 @@ class Log(Protocol):
         Less than `end_offsets` while somebody who has written has not committed yet; never so on SQLite.
         """
 
+    async def cut(self, stream: str, offsets: Sequence[int]) -> list[int]:
+        """Delete what lies before these offsets, one per partition, and return the new `begin_offsets`.
+
+        What is deleted is read by nobody any more. Whole batches only on SQLite: less than asked for may go. Never
+        an input stream: ValueError. Idempotent; an offset before the beginning is no error.
+        """
+
     def consumer(self, worker_id: str) -> "Consumer":
         """Return a consumer of the input streams; consumers of one log share the partitions among themselves."""
 

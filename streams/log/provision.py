@@ -25,7 +25,7 @@ from typing import Any, Final, NamedTuple
 from confluent_kafka import KafkaException
 from confluent_kafka import admin as _admin
 
-from schemas.catalog import CATALOG, INPUTS, ROLES, WATCHER, Stamp, Stream
+from schemas.catalog import CATALOG, CUT, CUTTER, INPUTS, ROLES, WATCHER, Stamp, Stream
 from schemas.errors import InputInvalid, LogBusy, LogUnusable, StreamveilError
 from schemas.policy import Account, Policy
 from streams.config import Config, Kafka
@@ -187,6 +187,8 @@ def _acls(catalog: Mapping[str, Stream], prefix: str, users: Mapping[str, str]) 
         writes = [row for row in rows if role in row.writers]
         yield from (Acl(who, "READ", "TOPIC", prefix + row.name) for row in reads)
         yield from (Acl(who, "WRITE", "TOPIC", prefix + row.name) for row in writes)
+        if role == CUTTER:
+            yield from (Acl(who, "DELETE", "TOPIC", prefix + row.name) for row in rows if row.name in CUT)
         if role == "worker":
             yield from (Acl(who, "DESCRIBE", "TOPIC", prefix + row.name) for row in rows if row not in reads + writes)
             yield from (Acl(who, "DESCRIBE_CONFIGS", "TOPIC", prefix + row.name) for row in rows)

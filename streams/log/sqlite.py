@@ -33,7 +33,7 @@ from pathlib import Path
 
 import msgspec
 
-from schemas.catalog import INPUTS
+from schemas.catalog import CATALOG, INPUTS
 from schemas.errors import Fenced, LogBusy, LogFull, LogUnusable
 from streams.log.protocol import Batch, Bookmark, Headers, Message, Output, Stored
 
@@ -49,7 +49,9 @@ CLEAR_PAGE_BYTES = 4096
 """Every row body of the clear file begins with so many zeros; see the rules above."""
 IDLE_S = 0.03
 CHECKPOINT_WAIT_MS = 1000
-"""How long `forget_consumed` waits for readers before it raises LogBusy."""
+"""How long `forget_consumed` and `cut` wait for readers before they raise LogBusy."""
+CUT_ROWS = 50
+"""So many rows are cut off in one transaction: others wait for it no longer than for a commit."""
 
 _MAIN_ID, _TRAFFIC_ID = 0x53_56_4C_4D, 0x53_56_4C_54  # application_id: "SVLM", "SVLT"
 _BOTH_SQL = """
@@ -277,6 +279,15 @@ class _File:
                 update = "UPDATE rows SET count=?, body=? WHERE rowid=?"
                 self.db.execute(update, (len(rest), _body(rest, clear=True), row_id))
 
+    def drop(self, stream: str, partition: int, offset: int) -> int:
+        """Delete up to `CUT_ROWS` of the oldest rows that end at or before `offset`; return how many that were."""
+        query = (
+            "DELETE FROM rows WHERE rowid IN (SELECT rowid FROM rows "
+            "WHERE stream=? AND partition=? AND next_offset<=? ORDER BY next_offset LIMIT ?)"
+        )
+        with self.transaction() as db:
+            return db.execute(query, (stream, partition, offset, CUT_ROWS)).rowcount
+
     def truncate_wal(self) -> None:
         """Move the WAL into the file and cut it to nothing. Raises LogBusy if somebody reads for over a second."""
         with self.guarded():
@@ -287,7 +298,7 @@ class _File:
             finally:
                 self.db.execute(f"PRAGMA busy_timeout={before_ms}")
         if busy:
-            raise LogBusy("a reader keeps deleted input in the WAL; trying again", file=str(self.path))
+            raise LogBusy("a reader keeps what was deleted in the WAL; trying again", file=str(self.path))
 
 
 @contextmanager
@@ -418,6 +429,32 @@ class SqliteLog:
     async def stable_offsets(self, stream: str) -> list[int]:
         """Return the same as `end_offsets`: nothing is written before it is committed."""
         return await self.end_offsets(stream)
+
+    async def cut(self, stream: str, offsets: Sequence[int]) -> list[int]:
+        """Delete what lies before these offsets, one per partition, and return the new `begin_offsets`.
+
+        Whole rows only, a few in each transaction, and in between as much time for others. What stands in the clear
+        there is overwritten, tokens among it; what is sealed is as good as that, for its keys are dead. Raises
+        LogBusy if somebody reads for over a second: then the rows are gone, but the WAL keeps their bytes for a while.
+        """
+        if stream in INPUTS:
+            raise ValueError("an input stream is cut by those who consume it")
+        row = CATALOG[stream]
+        clear = row.domain is None or row.compacted
+        with self._main.guarded():
+            self._main.db.execute(f"PRAGMA secure_delete={'ON' if clear else 'FAST'}")
+        gone = 0
+        for partition, offset in enumerate(offsets):
+            while True:
+                began_s = time.monotonic()
+                rows = self._main.drop(stream, partition, offset)
+                gone += rows
+                if rows < CUT_ROWS:
+                    break
+                await asyncio.sleep(time.monotonic() - began_s)
+        if gone:
+            self._main.truncate_wal()
+        return await self.begin_offsets(stream)
 
     def consumer(self, worker_id: str) -> "SqliteConsumer":
         """Return a consumer of the input streams; one with an earlier one's id takes over from it at once."""

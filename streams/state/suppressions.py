@@ -1,4 +1,7 @@
-"""The suppressions of this process, kept up to the `suppressions` stream's high watermark."""
+"""The suppressions of this process, kept up to the `suppressions` stream's high watermark.
+
+During a rotation of the token key the stream holds every entry under both keys; each has a view of its own.
+"""
 
 import asyncio
 import time
@@ -20,10 +23,19 @@ _LOOK_S = 0.005
 class SuppressionTail:
     """Reads the stream from its beginning and then its tail into `view`; log order within a partition decides."""
 
-    def __init__(self, log: Log) -> None:
+    def __init__(self, log: Log, version: int) -> None:
+        """Take the token key version whose entries `view` is to show; older ones are passed over."""
         self._log = log
         self._next: list[int] | None = None
-        self.view = Suppressions()
+        self._views = {version: Suppressions()}
+        self._version = version
+        self.view = self._views[version]
+
+    def follow(self, version: int) -> None:
+        """Show the entries of a newer token key from now on, and forget those of older ones. What was read counts."""
+        self._views = {known: view for known, view in self._views.items() if known >= version}
+        self._version = version
+        self.view = self._views.setdefault(version, Suppressions())
 
     async def catch_up(self) -> int:
         """Fold in everything up to the high watermark seen at the call; return the number of records. Blocks on I/O.
@@ -63,11 +75,12 @@ class SuppressionTail:
 
     def _apply(self, key: bytes | None, value: bytes, partition: int, offset: int) -> None:
         try:
-            _, token, rule, out = parse_key(key or b"")
+            version, token, rule, out = parse_key(key or b"")
             event_s = int(datetime.fromisoformat(orjson.loads(value)["event_at"]).timestamp())
         except (ValueError, KeyError, TypeError):
             raise LogUnusable(
                 "a record of the suppressions stream cannot be read; nothing is cleared without it",
                 stream=STREAM, partition=partition, offset=offset,
             ) from None  # fmt: skip
-        self.view.apply(token, rule, out=out, event_s=event_s)
+        if version >= self._version:
+            self._views.setdefault(version, Suppressions()).apply(token, rule, out=out, event_s=event_s)

@@ -14,6 +14,7 @@ network for operators only.
         registries    the policy asks for one that is missing or too old, so marketing to its country is refused
         stuck         a worker has neither committed a batch nor found none to do for `STUCK_S`
         unsealed      something was found clear that must be sealed; its batch waits
+        retention     something should have been destroyed more than `OVERDUE_S` ago and is still there
 """
 
 import os
@@ -36,11 +37,12 @@ from prometheus_client.multiprocess import mark_process_dead
 from prometheus_client.samples import Sample
 
 from schemas.errors import InputInvalid
-from streams.watch.metrics import INSTANTS, UNFIT, UNSEALED, UP, served_registry
+from streams.watch.metrics import INSTANTS, OLDEST_DUE, UNFIT, UNSEALED, UP, Known, served_registry
 from streams.watch.watch import FOLDER_VARIABLE, Moment, Watched
 
 LATE_S = 15.0
 STUCK_S = 60.0
+OVERDUE_S = 3600.0
 _TEXT = "text/plain; charset=utf-8"
 _FOLDER = re.compile(r"(.+)\.([0-9]+)\.[^.]+")
 _TRIES = 5
@@ -68,6 +70,7 @@ def unready(samples: Iterable[Sample], expected: Expected, now_s: float) -> list
         "registries": total.get(UNFIT.name, 0.0) > 0,
         "stuck": late_s[Moment.PROGRESS] > STUCK_S,
         "unsealed": total.get(UNSEALED.name, 0.0) > 0,
+        "retention": now_s - total.get(OLDEST_DUE.name, 0.0) > OVERDUE_S,
     }
     return [reason for reason, is_so in reasons.items() if is_so]
 
@@ -78,7 +81,8 @@ class Served(Watched):
     def __init__(self, folder: Path, expected: Expected) -> None:
         self._folder = folder
         self._expected = expected
-        self._registry = served_registry(folder, expected.workers)
+        self._known = Known(expected.workers)
+        self._registry = served_registry(folder, self._known)
 
     @property
     def variables(self) -> dict[str, str]:
@@ -88,6 +92,10 @@ class Served(Watched):
     def ended(self, pid: int) -> None:
         """Have a worker that ended count no more in what is true now; what it counted stays."""
         mark_process_dead(pid, str(self._folder))  # type: ignore[no-untyped-call]
+
+    def retention_ran(self, outcome: str) -> None:
+        """Take note that a retention run ended: done, partial or failed."""
+        self._known.retention[outcome] += 1
 
     def answer(self, path: str) -> tuple[int, str, bytes]:
         """Return status, content type and body for a path. Never raises for what a worker is writing at the moment."""

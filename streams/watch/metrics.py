@@ -16,6 +16,7 @@ import fcntl
 import os
 import time
 from bisect import bisect_left
+from collections import Counter as CounterOf
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
@@ -25,7 +26,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric
 from prometheus_client.metrics import MetricWrapperBase
-from prometheus_client.metrics_core import GaugeMetricFamily
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.mmap_dict import MmapedDict, mmap_key
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
@@ -37,7 +38,7 @@ from processors.screen.verdict import REASONS as REFUSED
 from schemas.catalog import CATALOG, INPUTS
 from schemas.errors import Retriable
 from streams.keys.store import Kms
-from streams.watch.watch import Moment, Stages, Watch, Work
+from streams.watch.watch import Moment, Overdue, Stages, Watch, Work
 
 _STAGE_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 _ARRIVAL_BUCKETS_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5, 15, 60, 300, 3600, 21_600, 86_400)
@@ -84,7 +85,10 @@ def _waits() -> list[str]:
     return [error.__name__ for error in Retriable.__subclasses__() if error.__module__ == Retriable.__module__]
 
 
-DENIALS = ("not_granted", "not_granted_for_account", "too_late", "opted_out", "blocked_by_officer", "account_unknown")
+DENIALS = (
+    "not_granted", "not_granted_for_account", "restricted", "too_late", "opted_out", "blocked_by_officer",
+    "account_unknown",
+)  # fmt: skip
 """Why something sealed was not opened. `not_granted`: the principal may not open the stream at all."""
 
 RECORDS = Row("streamveil_records_total", "counter", "records",
@@ -138,6 +142,20 @@ UNFIT = Row("streamveil_registries_unfit", "gauge", "registries",
 DENIED = Row("streamveil_openings_denied_total", "counter", "records",
              "Sealed records that were not opened for who asked; not_granted counts calls.",
              ("reason",), _each(DENIALS))  # fmt: skip
+OVERDUE = Row("streamveil_destructions_overdue", "gauge", "destructions",
+              "Epoch keys and days that should have been destroyed more than 15 minutes ago and are still there.",
+              mode="livemax")  # fmt: skip
+OLDEST_DUE = Row("streamveil_oldest_destruction_due_timestamp_seconds", "gauge", "Unix seconds",
+                 "Instant of the oldest destruction that is to be done; where there is none, the time of the look.",
+                 mode="livemin")  # fmt: skip
+REQUESTS_OVERDUE = Row("streamveil_requests_overdue", "gauge", "requests",
+                       "People's requests that are not done in 15 days, or whose accounts were not told in 24 hours.",
+                       mode="livemax")  # fmt: skip
+KEKS = Row("streamveil_keks", "gauge", "keys", "Key-encryption keys that the key management service has.",
+           mode="livemax")  # fmt: skip
+RETENTION = Row("streamveil_retention_runs_total", "counter", "runs",
+                "Retention runs that `run` started; partial: something was left to a user with the rights for it.",
+                ("outcome",), _each(("done", "partial", "failed")))  # fmt: skip
 UP = Row("streamveil_workers", "gauge", "workers", "Workers that have passed their self-test and work.",
          mode="livesum")  # fmt: skip
 WANTED = Row("streamveil_workers_wanted", "gauge", "workers", "Workers that `run` was asked for.")
@@ -157,7 +175,8 @@ INSTANTS = {
 
 TABLE = (
     RECORDS, BATCHES, RETRIES, FENCED, STAGES, ARRIVAL, LAG, OLDEST, CLEAR, SEALED, CHECKED, UNSEALED, KEY_LOOKUPS,
-    KEY_CACHE, KMS, BEHIND, UNFIT, DENIED, UP, WANTED, BUILD, *INSTANTS.values(),
+    KEY_CACHE, KMS, BEHIND, UNFIT, DENIED, OVERDUE, OLDEST_DUE, REQUESTS_OVERDUE, KEKS, RETENTION, UP, WANTED, BUILD,
+    *INSTANTS.values(),
 )  # fmt: skip
 """The table of all metrics."""
 
@@ -227,10 +246,15 @@ class Metrics(Watch):
         self._kms = counter(KMS)
         self._behind = gauge(BEHIND)
         self._unfit = gauge(UNFIT)
+        self._overdue = gauge(OVERDUE)
+        self._oldest_due = gauge(OLDEST_DUE)
+        self._requests = gauge(REQUESTS_OVERDUE)
+        self._keks = gauge(KEKS)
         self._up = gauge(UP)
         self._instants = {moment: gauge(row) for moment, row in INSTANTS.items()}
         for moment in Moment:
             self.reached(moment)
+        self._oldest_due[()].set(time.time())
         for stream in INPUTS:
             self._oldest[stream,].set(time.time())
 
@@ -297,6 +321,13 @@ class Metrics(Watch):
         self._cache["epochs",].set(len(ring.epochs))
         self._cache["persons",].set(len(ring.persons))
         self._cache["ciphers",].set(sum(map(len, ring.ciphers.values())))
+
+    def overdue(self, found: Overdue) -> None:
+        """Take note of what should have been done by now, and how many key-encryption keys there are."""
+        self._overdue[()].set(found.destructions)
+        self._oldest_due[()].set(time.time() if found.oldest_s is None else found.oldest_s)
+        self._requests[()].set(found.requests)
+        self._keks[()].set(found.keks)
 
     def of_kms(self, kms: Kms) -> Kms:
         """Return the key management service, its calls counted."""
@@ -375,11 +406,12 @@ def _add_denied(folder: Path, reasons: Mapping[str, int]) -> None:
 # --- the process that serves them --------------------------------------------------------------------------------
 
 
-class _Known(Collector):
-    """What is known without any worker."""
+class Known(Collector):
+    """What is known without any worker: how many there should be, the version, and how retention runs ended."""
 
     def __init__(self, workers: int) -> None:
         self._workers = workers
+        self.retention: CounterOf[str] = CounterOf()
 
     def collect(self) -> Iterator[Metric]:
         """Yield it."""
@@ -387,13 +419,17 @@ class _Known(Collector):
         build = GaugeMetricFamily(BUILD.name, BUILD.meaning, labels=BUILD.labels)
         build.add_metric([version("streamveil")], 1)
         yield build
+        runs = CounterMetricFamily(RETENTION.name, RETENTION.meaning, labels=RETENTION.labels)
+        for values in RETENTION.series:
+            runs.add_metric(list(values), self.retention[values[0]])
+        yield runs
 
 
-def served_registry(folder: Path, workers: int) -> CollectorRegistry:
+def served_registry(folder: Path, known: Known) -> CollectorRegistry:
     """Return the metrics of all workers that write into a folder, and those that are known without any."""
     registry = CollectorRegistry()
     MultiProcessCollector(registry, str(folder))  # type: ignore[no-untyped-call]
-    registry.register(_Known(workers))
+    registry.register(known)
     _add_denied(folder, dict.fromkeys(DENIALS, 0))
     return registry
 

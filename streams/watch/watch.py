@@ -47,6 +47,19 @@ class Work(NamedTuple):
     missed: tuple[int, int]
 
 
+class Overdue(NamedTuple):
+    """What should have been done by now; see `streams.watch.overdue`.
+
+    `destructions`: epochs and days whose instant passed a while ago. `oldest_s`: the instant (Unix s) of the oldest
+    that is to be destroyed, late or not; None: there is none. `requests`: of people, overdue. `keks`: alive.
+    """
+
+    destructions: int
+    oldest_s: int | None
+    requests: int
+    keks: int
+
+
 class Watch:
     """The watch of a worker that nobody watches."""
 
@@ -87,6 +100,9 @@ class Watch:
         """Return the key management service, its calls counted."""
         return kms
 
+    def overdue(self, found: Overdue) -> None:
+        """Take note of what should have been done by now, and how many key-encryption keys there are."""
+
 
 class Watched:
     """What the process that starts workers does for their metrics; this one does nothing."""
@@ -98,6 +114,9 @@ class Watched:
 
     def ended(self, pid: int) -> None:
         """Take note that a worker ended."""
+
+    def retention_ran(self, outcome: str) -> None:
+        """Take note that a retention run ended: done, partial or failed."""
 
 
 def denied(watched: Path, reasons: Mapping[str, int]) -> None:

@@ -1,11 +1,13 @@
 """Runs workers: one in this process, or several as child processes that are stopped and restarted together.
 
-Whoever is to be watched (`[watch] listen`) runs as a child too, be it one only: the parent serves what the children
-count, also when one of them hangs.
+Beside them runs `retention run`, as a child process too, at the start and then each quarter of an hour. That it fails
+is a line and a metric, and never the end of a worker. Whoever is to be watched (`[watch] listen`) runs as a child too,
+be it one only: the parent serves what the children count, also when one of them hangs.
 """
 
 import asyncio
 import os
+import random
 import signal
 import sys
 import time
@@ -16,11 +18,15 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, supp
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+import orjson
+
 from processors.pipeline import Outcome
-from schemas.errors import Action, Fatal, StreamveilError, action_for
+from schemas.errors import Action, Fatal, Retriable, StreamveilError, action_for
 from streams.config import Config
 from streams.deployment import Deployment, worker_slot
-from streams.keys.store import Kms
+from streams.keys.opening import store_exists
+from streams.keys.store import KeyStore, Kms
+from streams.watch.overdue import LOOK_EVERY_S, overdue
 from streams.watch.watch import FOLDER_VARIABLE, Watch, Watched
 from streams.worker.selftest import selftest
 from streams.worker.worker import Worker
@@ -35,16 +41,30 @@ _STOPPED = (-signal.SIGTERM, -signal.SIGINT, 130)
 """How a child ends that was stopped before it could listen."""
 
 
+RETENTION_EVERY_S = 900
+RETENTION_NICE = 10
+_START_S, _JITTER_S = 5.0, 60.0
+"""A run begins so long at most after the start, and after a quarter of an hour, that not all machines begin at once."""
+
+
 async def run_one(
-    config: Config, *, until_idle: bool, on_batch: Callable[[list[Outcome]], None] | None = None
+    config: Config,
+    *,
+    until_idle: bool,
+    on_batch: Callable[[list[Outcome]], None] | None = None,
+    config_args: list[str] | None = None,
 ) -> Counter[Outcome]:
     """Run one worker in this process until SIGTERM, SIGINT or (with `until_idle`) the end of the input.
 
-    Returns how many records ended in which outcome. Raises Fatal errors of start-up, self-test and worker.
+    With `config_args`, those of the command line that name the configuration, retention runs beside it, unless it is
+    `until_idle`. Returns how many records ended in which outcome. Raises Fatal errors of start-up, self-test and
+    worker.
     """
     tell = _teller()
     watch = _watch(config)
     async with _stopped_by_signals() as stopping, AsyncExitStack() as parts:
+        if config_args is not None and not until_idle:
+            await parts.enter_async_context(_retention(config, config_args, stopping, Watched()))
         while not stopping.is_set():
             try:
                 worker = await _opened(parts, config, stopping, on_batch, tell, watch)
@@ -81,6 +101,7 @@ async def _opened(
         selftest(config.policy, registries, int(time.time()))
         cache, lease = deployment.keys()
         worker_id = opened.enter_context(worker_slot(config))
+        await opened.enter_async_context(_overdue_told(deployment.store, watch))
         await parts.enter_async_context(opened.pop_all())
     return Worker(
         deployment.log,
@@ -89,12 +110,34 @@ async def _opened(
         cache,
         lease,
         registries,
+        refresh=deployment.refresh_tokens,
+        margin_s=deployment.margin_s,
         batch_records=config.batch_records,
         on_batch=on_batch,
         on_wait=on_wait,
         watch=watch,
         stopping=stopping,
     )
+
+
+@asynccontextmanager
+async def _overdue_told(store: KeyStore, watch: Watch) -> AsyncIterator[None]:
+    """Tell, once a minute while the block runs, what is overdue; what cannot be seen now is seen next time."""
+
+    async def look() -> None:
+        while True:
+            with suppress(Retriable):
+                watch.overdue(overdue(store, int(time.time())))
+            await asyncio.sleep(LOOK_EVERY_S)
+
+    looking = asyncio.create_task(look()) if watch.on else None
+    try:
+        yield
+    finally:
+        if looking is not None:
+            looking.cancel()
+            with suppress(asyncio.CancelledError):
+                await looking
 
 
 @runtime_checkable
@@ -140,7 +183,9 @@ async def run_many(config: Config, count: int, config_args: list[str], *, until_
     if until_idle:
         command.append("--until-idle")
     with _served(config, count) as watched:
-        async with _stopped_by_signals() as stopping:
+        async with _stopped_by_signals() as stopping, AsyncExitStack() as parts:
+            if not until_idle:
+                await parts.enter_async_context(_retention(config, config_args, stopping, watched))
             environment = {**os.environ, **watched.variables, _SUPERVISED: "1"}
 
             async def start() -> Process:
@@ -178,6 +223,67 @@ async def _ended(child: Process, stopping: asyncio.Event) -> int:
         with suppress(ProcessLookupError):
             child.terminate()
     return await ending
+
+
+@asynccontextmanager
+async def _retention(
+    config: Config, config_args: list[str], stopping: asyncio.Event, watched: Watched
+) -> AsyncIterator[None]:
+    """Have retention run while the block does, if the configuration does not turn that off."""
+    running = asyncio.create_task(_retention_runs(config, config_args, stopping, watched))
+    try:
+        yield
+    finally:
+        running.cancel()
+        with suppress(asyncio.CancelledError):
+            await running
+
+
+async def _retention_runs(config: Config, config_args: list[str], stopping: asyncio.Event, watched: Watched) -> None:
+    command = [sys.executable, "-m", "streams.cli", "retention", "run", "--json", *config_args]
+    pause_s = random.uniform(0, _START_S)  # noqa: S311 — no secret
+    while config.retention_scheduled:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(stopping.wait(), pause_s)
+        if stopping.is_set():
+            return
+        pause_s = _START_S
+        with suppress(StreamveilError):  # the run itself says what is wrong
+            if not store_exists(config):
+                continue  # no worker has made one yet
+        outcome, why = await _retention_run(command)
+        watched.retention_ran(outcome)
+        if outcome == "failed":
+            sys.stderr.write(f"streamveil: retention run: {why}\n")
+        pause_s = RETENTION_EVERY_S - time.time() % RETENTION_EVERY_S + random.uniform(0, _JITTER_S)  # noqa: S311
+
+
+async def _retention_run(command: list[str]) -> tuple[str, str]:
+    """Return how one run ended, and why if it failed; ends the child if it is cancelled."""
+    pipe, nothing = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
+    try:
+        child = await asyncio.create_subprocess_exec(*command, stdin=nothing, stdout=pipe, stderr=pipe)
+    except OSError as error:
+        return "failed", f"no process can be started: {error.strerror}"
+    try:
+        with suppress(OSError):  # it has ended
+            os.setpriority(os.PRIO_PROCESS, child.pid, RETENTION_NICE)
+        said, errors = await child.communicate()
+    finally:
+        if child.returncode is None:
+            with suppress(ProcessLookupError):
+                child.terminate()
+            await child.wait()
+    try:
+        report = orjson.loads(said)
+        skipped = [f"{one['what']}: {one['why']}" for one in report["skipped"]]
+        failed = bool(report["failed"])
+    except (ValueError, KeyError, TypeError):
+        lines = errors.decode("utf-8", "replace").strip().splitlines()
+        return "failed", lines[-1].removeprefix("streamveil: ") if lines else "it was killed"
+    if failed or child.returncode:
+        return "failed", skipped[0] if skipped else "it ended with an error"
+    return ("partial" if skipped else "done"), ""
 
 
 def is_supervised() -> bool:

@@ -16,7 +16,7 @@ from processors.keyring import Needs
 from processors.pipeline import Inbox, Outcome, Pipeline
 from processors.screen.verdict import RegistryView
 from processors.seal import ENTROPY_BYTES, Entropy
-from schemas.errors import Action, Fenced, Retriable, StreamveilError, action_for
+from schemas.errors import Action, Fenced, Retriable, StreamveilError, TokensChange, action_for
 from schemas.policy import Policy
 from streams.keys.cache import KeyCache, KeyLease
 from streams.log.protocol import Batch, Consumer, Log
@@ -48,12 +48,18 @@ class Worker:
         lease: KeyLease,
         registries: Registries,
         *,
+        refresh: Callable[[], Pipeline],
+        margin_s: float = 0.0,
         batch_records: int,
         on_batch: Callable[[list[Outcome]], None] | None = None,
         on_wait: Callable[[StreamveilError], None] | None = None,
         watch: Watch | None = None,
         stopping: asyncio.Event | None = None,
     ) -> None:
+        """Take the parts. `refresh` returns the pipeline of the current token key, or raises TokensChange.
+
+        `margin_s` before the end of the key lease no commit begins any more.
+        """
         self._log = log
         self._consumer = consumer
         self._pipeline = pipeline
@@ -64,7 +70,10 @@ class Worker:
         self._on_batch = on_batch
         self._on_wait = on_wait
         self._watch = watch or Watch()
-        self._tail = SuppressionTail(log)
+        self._refresh = refresh
+        self._settled = False  # whether the pipeline is that of the current token key, as of the last renewal
+        self._margin_s = margin_s
+        self._tail = SuppressionTail(log, pipeline.tokens.version)
         self._unread = Unread(log, consumer)
         self._looked_s = -LOOK_EVERY_S
         self._forgotten_s = 0.0
@@ -123,9 +132,16 @@ class Worker:
         return batch is not None
 
     def _renew(self) -> None:
+        """Keep the lease, and the pipeline that of the current token key. Raises TokensChange during a rotation."""
         if self._lease.due():
-            self._lease.renew()
+            self._settled = not self._lease.renew() and self._settled
             self._watch.reached(Moment.LEASE_RENEWED)
+        if not self._settled:
+            pipeline = self._refresh()
+            if pipeline is not self._pipeline:  # its entries have been read beside those of the key before
+                self._pipeline = pipeline
+                self._tail.follow(pipeline.tokens.version)
+            self._settled = True
 
     async def _catch_up(self) -> None:
         """Read `suppressions` to its high watermark. Raises Retriable if that cannot be done now."""
@@ -145,19 +161,22 @@ class Worker:
         values = [message.value for message in batch.messages]
         inbox = Inbox(batch.stream, batch.partition, batch.offset, values, batch.offsets)
         began_s = time.perf_counter()
-        prepared = self._pipeline.prepare(inbox, self._tail.view, self._registries, now_s)
+        pipeline = self._pipeline
+        prepared = pipeline.prepare(inbox, self._tail.view, self._registries, now_s)
         prepared_s = time.perf_counter()
         missed = self._missed(prepared.needs)
         fetch_s = time.perf_counter()
         ring = self._keys.fetch(prepared.needs, now_s)
         fetched_s = time.perf_counter()
         entropy = Entropy(os.urandom(ENTROPY_BYTES))
-        outputs = self._pipeline.complete(prepared, ring, entropy, self._log.partitions)
+        outputs = pipeline.complete(prepared, ring, entropy, self._log.partitions)
         completed_s = time.perf_counter()
         check_leaving(outputs, self._watch)
         self._renew()
+        if pipeline is not self._pipeline:
+            raise TokensChange
         commit_s = time.perf_counter()
-        await self._consumer.commit(batch, outputs, self._keys.guard())
+        await self._consumer.commit(batch, outputs, self._keys.guard(self._margin_s))
         stages_s = Stages(
             prepared_s - began_s, fetched_s - fetch_s, completed_s - fetched_s, time.perf_counter() - commit_s
         )

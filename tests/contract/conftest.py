@@ -4,17 +4,19 @@ import asyncio
 import gc
 import time
 import warnings
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
 
 from streams.config import Kafka
+from streams.keys.sql import SqlKeyStore
 from streams.log.kafka import KafkaLog
 from streams.log.protocol import Log
 from streams.log.sqlite import SqliteLog
 from tests.support.kafka import make_topics
+from tests.support.keys import SqliteKeyStores
 
 LEASE_S = 3.0
 """Of partitions, on Kafka."""
@@ -124,3 +126,41 @@ def log_factory(request: pytest.FixtureRequest) -> Iterator[Logs]:
     logs = _LOGS[request.param](request)
     yield logs
     logs.close()
+
+
+class KeyStores(Protocol):
+    """One deployment's key store, as the contract suite needs it; a new implementation adds one of these.
+
+    Instants of the suite lie in the year 2100: after those of any store that has a clock of its own.
+    """
+
+    kms_folder: Path
+    """Of the local key management service that the stores are opened with, whatever database they are on."""
+
+    def open(self, **options: Any) -> SqlKeyStore:
+        """Return one more handle on the same store, as another process would get it; options as of its `open`."""
+
+    def opener(self) -> Callable[[], SqlKeyStore]:
+        """Return what opens, or makes, the store in another process; it can be pickled."""
+
+    def elapse(self, duration_s: float) -> None:
+        """Let time pass by the store's clock."""
+
+    def run(self, query: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """Run a statement on the database, beside the store."""
+
+    def close(self) -> None:
+        """Close all handles; the test is over."""
+
+
+_KEY_STORES: dict[str, Callable[[pytest.FixtureRequest], KeyStores]] = {
+    "sqlite": lambda request: SqliteKeyStores(request.getfixturevalue("tmp_path")),
+}
+
+
+@pytest.fixture(params=_KEY_STORES)
+def deployment(request: pytest.FixtureRequest) -> Iterator[KeyStores]:
+    """Yield each implementation of the key store in turn, not made yet."""
+    stores = _KEY_STORES[request.param](request)
+    yield stores
+    stores.close()

@@ -1,66 +1,64 @@
-"""What every key store promises (streams/keys/store.py), and the SQLite file's own rules."""
+"""What every key store promises (streams/keys/store.py)."""
 
 import multiprocessing
-import sqlite3
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
-from processors.keyring import EpochRef, Needs, PersonRef, PersonSecret
-from schemas.errors import Fatal, KeysBusy, KeysFull, KeysUnusable, Retriable
+from processors.keyring import EpochRef, Needs, PersonSecret
+from schemas.errors import KeysBusy, KeysFull, KeysUnusable, KmsRefuses, KmsUnavailable
 from schemas.fields import PLATFORM
 from schemas.sealed import KeyId
-from streams.keys.sqlite import SEAL_BLOCK, SqliteKeyStore
-from streams.keys.store import Gone
+from streams.keys.kms_local import LocalKms
+from streams.keys.ledger import Mark
+from streams.keys.sql import SEAL_BLOCK, SqlKeyStore
+from streams.keys.store import NEVER, Buried, Destroyed, Gone
+from tests.support.keys import (
+    DAY,
+    FOREVER,
+    LATER,
+    LATER_DAY,
+    MONTH,
+    NOW,
+    PII,
+    TODAY,
+    epoch,
+    local_kms,
+    person,
+    persons,
+)
 
-NOW = 1_800_000_000  # 2027-01-15T08:00:00Z
-DAY = 86_400
-LATER = NOW + 300 * DAY
-PII = EpochRef("pii", PLATFORM, "2027-01")
-FOREVER = EpochRef("suppression", PLATFORM, "-")
-
-
-class Deployment:
-    """Opens the same store again and again, as processes do."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "data" / "keys.db"
-        self.kms_folder = folder / "kms"
-        self.now = float(NOW)
-        self.stores: list[SqliteKeyStore] = []
-
-    def open(self, **options) -> SqliteKeyStore:
-        options = {"clock": lambda: self.now, "busy_timeout_s": 5.0} | options
-        self.stores.append(SqliteKeyStore.open(self.path, self.kms_folder, **options))
-        return self.stores[-1]
-
-    def close(self) -> None:
-        for store in self.stores:
-            store.close()
-
-    def files(self) -> bytes:
-        """All bytes that the store has on disk."""
-        return b"".join(path.read_bytes() for path in sorted(self.path.parent.iterdir()))
+MIDNIGHT = NOW - NOW % DAY + DAY
+NEXT_MONTH = "2100-02"
 
 
-@pytest.fixture(params=[Deployment], ids=["sqlite"])
-def deployment(request, tmp_path) -> Iterator[Deployment]:
-    made = request.param(tmp_path)
-    yield made
-    made.close()
+def token(number: int) -> list[bytes]:
+    return [person(number).token]
 
 
-def person(number: int, owner: str = PLATFORM, month: str = "2027-01") -> PersonRef:
-    return PersonRef(owner, number.to_bytes(16, "big"), month)
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing but the database's own rollback runs after it."""
 
 
-def persons(refs, deadline_s: int | None = LATER) -> Needs:
-    return Needs({}, dict.fromkeys(refs, deadline_s))
+def killed_at(step: int, store: SqlKeyStore, monkeypatch) -> Callable[[], bool]:
+    """Kill the store before its transaction or call of the KMS number `step`; return whether it came to that."""
+    count = 0
 
+    def counted(call):
+        def wrapper(*args):
+            nonlocal count
+            count += 1
+            if count == step:
+                raise Killed
+            return call(*args)
 
-def epoch(ref: EpochRef, deadline_s: int | None = LATER, seals: int = 10) -> Needs:
-    return Needs({ref: (deadline_s, seals)}, {})
+        return wrapper
+
+    for name in ("_transaction", "_settle"):
+        monkeypatch.setattr(store, name, counted(getattr(store, name)))
+    for name in ("wrap", "destroy", "raise_counter"):
+        monkeypatch.setattr(store.kms, name, counted(getattr(store.kms, name)))
+    return lambda: count >= step
 
 
 # --- get or create ------------------------------------------------------------------------------------------
@@ -73,16 +71,18 @@ def test_a_secret_is_the_same_for_every_instance_and_opens_by_its_sid(deployment
     again = other.fetch(persons(refs), NOW)
     assert again.persons == first.persons
     assert len(first.persons) == 1400
-    assert other.open_persons([found.sid for found in first.persons.values()]) == {
+    assert other.open_persons([found.sid for found in first.persons.values()], NOW) == {
         found.sid: found for found in first.persons.values()
     }
 
 
 def test_sids_and_secrets_are_unique_by_owner_person_and_month(deployment):
-    refs = [person(n, owner, month) for n in range(20) for owner in (PLATFORM, "a") for month in ("2027-01", "2027-02")]
-    found = deployment.open().fetch(persons(refs), NOW).persons.values()
-    assert len({one.sid for one in found}) == len({one.secret for one in found}) == len(refs)
-    assert all(len(one.sid) == 32 and len(one.secret) == 32 for one in found)
+    refs = [person(n, owner, month) for n in range(20) for owner in (PLATFORM, "a") for month in (MONTH, NEXT_MONTH)]
+    store = deployment.open()
+    found = store.fetch(persons(refs), NOW).persons
+    assert len({one.sid for one in found.values()}) == len({one.secret for one in found.values()}) == len(refs)
+    assert all(len(one.sid) == 32 and len(one.secret) == 32 for one in found.values())
+    assert store.open_persons([one.sid for one in found.values()], NOW) == {one.sid: one for one in found.values()}
 
 
 def test_an_epoch_key_and_the_token_key_are_the_same_for_every_instance(deployment):
@@ -90,40 +90,46 @@ def test_an_epoch_key_and_the_token_key_are_the_same_for_every_instance(deployme
     key = first.fetch(epoch(PII), NOW).epochs[PII]
     assert second.fetch(epoch(PII), NOW).epochs[PII] == key
     assert second.open_epochs([key.id], NOW) == {key.id: key}
-    assert first.token_key() == second.token_key()
-    assert (first.token_key().version, len(first.token_key().key), first.store_id) == (1, 32, second.store_id)
+    tokens = first.token_keys()
+    assert second.token_keys() == tokens
+    assert (tokens.current.version, len(tokens.current.key), tokens.others, tokens.changing) == (1, 32, (), False)
+    assert first.store_id == second.store_id
 
 
-def test_secrets_of_known_persons_are_read_while_another_process_writes(deployment):
-    store = deployment.open(busy_timeout_s=0)
-    known = store.fetch(persons([person(1)]), NOW).persons
-    with writer(deployment):
-        assert store.fetch(persons([person(1)]), NOW).persons == known
-        with pytest.raises(KeysBusy):
-            store.fetch(persons([person(2)]), NOW)
-
-
-def _fetch_in_a_process(folder: Path, barrier, results) -> None:
-    deployment = Deployment(folder)
-    barrier.wait(30)
+def test_many_epochs_are_minted_and_found_in_one_call(deployment):
     store = deployment.open()
+    refs = [EpochRef("transit", f"account-{number}", "2100-01-01T08") for number in range(1200)]
+    needs = Needs(dict.fromkeys(refs, (NOW + DAY, 5)), {})
+    made = store.fetch(needs, NOW)
+    assert (len(made.epochs), set(made.granted.values())) == (1200, {SEAL_BLOCK})
+    assert deployment.open().fetch(needs, NOW).epochs == made.epochs
+    assert store.open_epochs([key.id for key in made.epochs.values()], NOW) == {
+        key.id: key for key in made.epochs.values()
+    }
+
+
+def _fetch_in_a_process(opener, barrier, results) -> None:
+    barrier.wait(30)
+    store = opener()
     barrier.wait(30)
     found = store.fetch(Needs({PII: (LATER, 5)}, persons(person(n) for n in range(500)).persons), NOW)
     results.put(
         (
             store.store_id,
-            store.token_key().key,
+            store.token_keys().current.key,
             found.epochs[PII].key,
             [(ref.token, *one) for ref, one in sorted(found.persons.items(), key=lambda item: item[0].token)],
         )
     )
-    deployment.close()
+    store.close()
 
 
-def test_two_processes_that_race_make_one_store_and_the_same_secrets(tmp_path):
+def test_two_processes_that_race_make_one_store_and_the_same_secrets(deployment):
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(2), context.Queue()
-    processes = [context.Process(target=_fetch_in_a_process, args=(tmp_path, barrier, results)) for _ in range(2)]
+    processes = [
+        context.Process(target=_fetch_in_a_process, args=(deployment.opener(), barrier, results)) for _ in range(2)
+    ]
     for process in processes:
         process.start()
     first, second = results.get(timeout=60), results.get(timeout=60)
@@ -146,9 +152,25 @@ def test_a_failed_fetch_leaves_nothing_behind_and_the_next_one_works(deployment,
         patch.setattr(store, "_reserve", fails)
         with pytest.raises(KeysFull):
             store.fetch(Needs({PII: (LATER, 1)}, persons([person(1)]).persons), NOW)
-    assert rows(deployment, "SELECT count(*) FROM persons") == [(0,)]
+    assert store.persons_of(token(1)) == []
     found = store.fetch(persons([person(1)]), NOW).persons
     assert deployment.open().fetch(persons([person(1)]), NOW).persons == found
+
+
+def test_a_person_is_found_by_any_of_their_tokens_in_every_month_and_with_every_owner(deployment):
+    store = deployment.open()
+    refs = [person(1), person(2, "acme"), person(2, month=NEXT_MONTH), person(3)]
+    found = store.fetch(persons(refs), NOW).persons
+    known = store.persons_of(token(1) + token(2))
+    assert [(one.owner, one.month, one.day) for one in known] == [
+        ("acme", MONTH, LATER_DAY),
+        (PLATFORM, MONTH, LATER_DAY),
+        (PLATFORM, NEXT_MONTH, LATER_DAY),
+    ]
+    assert [one.sid for one in known] == [found[ref].sid for ref in (refs[1], refs[0], refs[2])]
+    store.fetch(persons([person(3)], None), NOW)
+    assert [one.day for one in store.persons_of(token(3))] == [NEVER]
+    assert store.persons_of([]) == store.persons_of(token(9)) == []
 
 
 # --- deadlines ----------------------------------------------------------------------------------------------
@@ -176,13 +198,13 @@ def test_an_epoch_without_deadline_stays(deployment):
     store = deployment.open()
     key = store.fetch(epoch(FOREVER, None), NOW).epochs[FOREVER]
     assert key.deadline_s is None
-    assert store.open_epochs([key.id], NOW * 4) == {key.id: key}
+    assert store.open_epochs([key.id], NOW * 2) == {key.id: key}
 
 
 def test_a_person_asked_for_past_the_deadline_gets_no_secret(deployment):
     store = deployment.open()
     assert store.fetch(persons([person(1)], NOW), NOW).persons == {}
-    assert rows(deployment, "SELECT count(*) FROM persons") == [(0,)]
+    assert store.persons_of(token(1)) == []
 
 
 @pytest.mark.parametrize("later", [NOW + 40 * DAY, None], ids=["date", "never"])
@@ -191,20 +213,31 @@ def test_a_secret_needed_for_longer_is_kept_and_wrapped_under_the_later_day(depl
     first = store.fetch(persons([person(1)], NOW + DAY), NOW).persons[person(1)]
     assert store.fetch(persons([person(1)], later), NOW).persons[person(1)] == first
     assert store.fetch(persons([person(1)], NOW + DAY), NOW).persons[person(1)] == first
-    deployment.now = NOW + 39 * DAY
-    store.kms.destroy("2027-01-16")
-    assert deployment.open().open_persons([first.sid]) == {first.sid: first}
+    store.kms.destroy("2100-01-02")
+    assert deployment.open().open_persons([first.sid], NOW + 39 * DAY) == {first.sid: first}
 
 
 def test_a_secret_whose_day_is_over_is_destroyed_and_the_person_gets_a_new_one(deployment):
     store = deployment.open()
     old = store.fetch(persons([person(1)], NOW + 10), NOW).persons[person(1)]
-    deployment.now = NOW + DAY
-    assert store.open_persons([old.sid]) == {old.sid: Gone.DESTROYED}
+    assert store.open_persons([old.sid], NOW + DAY) == {old.sid: Gone.DESTROYED}
     new = store.fetch(persons([person(1)]), NOW + DAY).persons[person(1)]
     assert new.sid != old.sid
     assert new.secret != old.secret
-    assert store.open_persons([old.sid, new.sid]) == {old.sid: Gone.DESTROYED, new.sid: new}
+    assert store.open_persons([old.sid, new.sid], NOW + DAY) == {old.sid: Gone.DESTROYED, new.sid: new}
+
+
+@pytest.mark.parametrize(("deadline_s", "day"), [(MIDNIGHT - 1, TODAY), (MIDNIGHT, TODAY), (MIDNIGHT + 1, "2100-01-02")])
+def test_what_dies_at_a_midnight_is_under_the_day_that_ends_then(deployment, deadline_s, day):
+    store = deployment.open()
+    end_s = MIDNIGHT if day == TODAY else MIDNIGHT + DAY
+    found = store.fetch(Needs({PII: (deadline_s, 1)}, {person(1): deadline_s}), NOW)
+    secret = found.persons[person(1)]
+    assert [one.day for one in store.persons_of(token(1))] == [day]
+    assert store.open_persons([secret.sid], end_s - 1) == {secret.sid: secret}
+    assert store.open_persons([secret.sid], end_s) == {secret.sid: Gone.DESTROYED}
+    assert store.open_epochs([found.epochs[PII].id], deadline_s - 1) == {found.epochs[PII].id: found.epochs[PII]}
+    assert (store.due_days(end_s - 1), store.due_days(end_s)) == ([], [day])
 
 
 # --- destruction --------------------------------------------------------------------------------------------
@@ -219,14 +252,16 @@ def test_a_destroyed_epoch_is_gone_in_all_versions_and_never_minted_again(deploy
         assert one.open_epochs(ids, NOW) == dict.fromkeys(ids, Gone.DESTROYED)
         found = one.fetch(epoch(PII), NOW)
         assert (found.epochs, found.granted, found.sequence) == ({}, {}, 1)
-    assert [(line.epoch, line.versions, line.state) for line in store.status(NOW)] == [("2027-01", 0, "destroyed")]
+    assert [(line.epoch, line.versions, line.state) for line in store.status(NOW)] == [(MONTH, 0, "destroyed")]
 
 
-def test_an_epoch_can_be_destroyed_before_it_was_minted(deployment):
+def test_an_epoch_can_be_destroyed_before_it_was_minted_and_twice(deployment):
     store = deployment.open()
+    store.destroy_epoch(PII)
     store.destroy_epoch(PII)
     assert store.fetch(epoch(PII), NOW).epochs == {}
     assert store.open_epochs([KeyId(*PII, 1)], NOW) == {KeyId(*PII, 1): Gone.DESTROYED}
+    assert [line.state for line in store.status(NOW)] == ["destroyed"]
 
 
 def test_destroyed_and_absent_are_told_apart_by_tombstones(deployment):
@@ -235,34 +270,81 @@ def test_destroyed_and_absent_are_told_apart_by_tombstones(deployment):
     absent = [KeyId(*PII, 2), KeyId("pii", PLATFORM, "1999-01", 1)]
     assert store.open_epochs([key.id, *absent], NOW) == {key.id: key} | dict.fromkeys(absent, Gone.ABSENT)
     sids = ["0" * 32, "salt:" + "0" * 32, "-", "", "A" * 32, "é"]
-    assert store.open_persons(sids) == dict.fromkeys(sids, Gone.ABSENT)
+    assert store.open_persons(sids, NOW) == dict.fromkeys(sids, Gone.ABSENT)
 
 
 def test_an_erased_person_starts_anew_and_nobody_else_is_touched(deployment):
     store, other = deployment.open(), deployment.open()
-    months = [person(1, month=month) for month in ("2027-01", "2027-02")]
+    months = [person(1, month=month) for month in (MONTH, NEXT_MONTH)]
     bystanders = [person(2), person(1, "acme")]
     before = store.fetch(persons([*months, *bystanders]), NOW).persons
-    assert store.destroy_person(PLATFORM, months[0].token) == 1
-    opened = other.open_persons([one.sid for one in before.values()])
+    gone = store.destroy_persons(PLATFORM, token(1))
+    assert gone == Destroyed(1, tuple(sorted(before[ref].sid for ref in months)))
+    opened = other.open_persons([one.sid for one in before.values()], NOW)
     assert [opened[before[ref].sid] for ref in months] == [Gone.DESTROYED] * 2
     assert [opened[before[ref].sid] for ref in bystanders] == [before[ref] for ref in bystanders]
+    assert [one.owner for one in other.persons_of(token(1))] == ["acme"]
     after = other.fetch(persons([*months, *bystanders]), NOW).persons
     assert [after[ref] == before[ref] for ref in [*months, *bystanders]] == [False, False, True, True]
     assert not {after[ref].sid for ref in months} & {before[ref].sid for ref in months}
 
 
-def test_every_destruction_moves_the_sequence_for_all(deployment):
+def test_a_person_is_erased_under_all_tokens_they_are_known_by(deployment):
+    store = deployment.open()
+    found = store.fetch(persons([person(1), person(2), person(3)]), NOW).persons
+    assert len(store.destroy_persons(PLATFORM, token(1) + token(2)).sids) == 2
+    assert store.open_persons([found[person(3)].sid], NOW) == {found[person(3)].sid: found[person(3)]}
+    assert store.destroy_persons(PLATFORM, token(1) + token(2)) == Destroyed(2, ())
+
+
+def test_a_sid_is_destroyed_by_name_whether_or_not_it_is_there(deployment):
+    store, other = deployment.open(), deployment.open()
+    found = store.fetch(persons([person(1), person(2)]), NOW).persons
+    unknown = "ab" * 16
+    gone = store.destroy_sids([unknown, found[person(1)].sid, "no sid"])
+    assert gone == Destroyed(1, tuple(sorted([unknown, found[person(1)].sid])))
+    assert other.open_persons([unknown, found[person(1)].sid, found[person(2)].sid], NOW) == {
+        unknown: Gone.DESTROYED,
+        found[person(1)].sid: Gone.DESTROYED,
+        found[person(2)].sid: found[person(2)],
+    }
+    assert other.persons_of(token(1)) == []
+    assert store.destroy_sids([unknown]) == Destroyed(2, (unknown,))
+
+
+def test_every_destruction_moves_the_sequence_for_all_and_then_the_counter(deployment):
     store, other = deployment.open(), deployment.open()
     assert other.fetch(persons([person(1)]), NOW).sequence == 0
-    assert [store.destroy_epoch(PII), store.destroy_person(PLATFORM, b"nobody"), store.destroy_epoch(PII)] == [1, 2, 3]
-    assert other.fetch(persons([person(1)]), NOW).sequence == 3
-    assert other.renew_lease("worker", NOW + 30, 0) == 3
+    destructions = [
+        lambda: store.destroy_epoch(PII),
+        lambda: store.destroy_persons(PLATFORM, [b"nobody"]).sequence,
+        lambda: store.destroy_sids([]).sequence,
+        lambda: store.destroy_epoch(PII),
+    ]
+    for number, destroy in enumerate(destructions, 1):
+        assert destroy() == number == store.kms.counter()
+    assert other.fetch(persons([person(1)]), NOW).sequence == other.sequence() == 4
+    assert other.renew_lease("worker", 30, 0) == 4
+
+
+def test_a_destruction_without_its_counter_is_an_error_and_calling_again_finishes_it(deployment, monkeypatch):
+    store = deployment.open()
+    sid = store.fetch(persons([person(1)]), NOW).persons[person(1)].sid
+
+    def away(_):
+        raise KmsUnavailable
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.kms, "raise_counter", away)
+        with pytest.raises(KmsUnavailable):
+            store.destroy_persons(PLATFORM, token(1))
+    assert store.open_persons([sid], NOW) == {sid: Gone.DESTROYED}
+    assert store.destroy_persons(PLATFORM, token(1)).sequence == store.kms.counter() == 2
 
 
 def test_status_names_what_is_alive_due_and_destroyed(deployment):
     store = deployment.open()
-    due, dead = EpochRef("content", "acme", "2027-01-15"), EpochRef("transit", "acme", "2027-01-15T08")
+    due, dead = EpochRef("content", "acme", TODAY), EpochRef("transit", "acme", TODAY + "T08")
     for ref, deadline_s in ((due, NOW + 5), (dead, LATER), (FOREVER, None)):
         store.fetch(epoch(ref, deadline_s), NOW)
     store.destroy_epoch(dead)
@@ -273,6 +355,286 @@ def test_status_names_what_is_alive_due_and_destroyed(deployment):
     ]
 
 
+# --- burial -------------------------------------------------------------------------------------------------
+
+
+def a_full_store(store: SqlKeyStore):
+    """Fill a store: two epochs and 30 people die today, one epoch and as many people later; return what is in it."""
+    dying = Needs(
+        {EpochRef("content", f"a{n}", TODAY): (MIDNIGHT, 5) for n in range(2)},
+        {person(n, owner): MIDNIGHT for n in range(10) for owner in ("a0", "a1", PLATFORM)},
+    )
+    living = Needs({PII: (LATER, 5)}, {person(n, "a2"): LATER for n in range(30)})
+    return store.fetch(dying, NOW), store.fetch(living, NOW)
+
+
+def test_a_buried_day_is_gone_with_its_keks_and_all_else_stays(deployment):
+    store, other = deployment.open(), deployment.open()
+    dying, living = a_full_store(store)
+    assert store.due_days(MIDNIGHT - 1) == []
+    assert store.due_days(MIDNIGHT) == [TODAY]
+    assert store.bury_day(TODAY, MIDNIGHT) == Buried(2, 30)
+    assert store.due_days(MIDNIGHT) == []
+    assert store.kms.names() == [LATER_DAY, NEVER]
+    assert store.sequence() == store.kms.counter() == 1
+    assert store.stale_days() == {}
+    for one in (store, other, deployment.open()):
+        ids = [key.id for key in dying.epochs.values()]
+        assert one.open_epochs(ids, NOW) == dict.fromkeys(ids, Gone.DESTROYED)
+        assert one.fetch(Needs(dict.fromkeys(dying.epochs, (LATER, 1)), {}), NOW).epochs == {}
+        sids = [found.sid for found in dying.persons.values()]
+        assert set(one.open_persons(sids, NOW).values()) == {Gone.ABSENT}
+        again = one.fetch(Needs({PII: (LATER, 5)}, dict.fromkeys(living.persons, LATER)), NOW)
+        assert (again.epochs, again.persons) == (living.epochs, living.persons)
+    assert [line.state for line in store.status(NOW)] == ["destroyed", "destroyed", "alive"]
+    # And once more is nothing
+    assert store.bury_day(TODAY, MIDNIGHT) == Buried(0, 0)
+    assert store.sequence() == 1
+
+
+@pytest.mark.parametrize("step", range(1, 40))
+def test_a_burial_killed_at_any_point_is_still_due_and_finished_by_calling_again(deployment, step, monkeypatch):
+    dying, living = a_full_store(deployment.open())
+    victim, store = deployment.open(), deployment.open()
+    with monkeypatch.context() as patch:
+        killed = killed_at(step, victim, patch)
+        try:
+            victim.bury_day(TODAY, MIDNIGHT)
+        except Killed:
+            assert store.kms.names() == [LATER_DAY, NEVER] or store.due_days(MIDNIGHT) == [TODAY]
+    if not killed():
+        pytest.skip("it takes fewer steps")
+    store.bury_day(TODAY, MIDNIGHT)
+    store = deployment.open()
+    assert (store.due_days(MIDNIGHT), store.kms.names()) == ([], [LATER_DAY, NEVER])
+    assert store.kms.counter() == store.sequence()
+    ids = [key.id for key in dying.epochs.values()]
+    assert store.open_epochs(ids, NOW) == dict.fromkeys(ids, Gone.DESTROYED)
+    assert store.fetch(Needs({}, dict.fromkeys(living.persons, LATER)), NOW).persons == living.persons
+
+
+def test_a_month_whose_people_are_all_dead_is_gone_and_can_begin_again(deployment):
+    store = deployment.open()
+    store.fetch(Needs({}, {person(n, month="2099-12"): MIDNIGHT for n in range(30)}), NOW)
+    store.fetch(persons([person(1)]), NOW)
+    assert store.bury_day(TODAY, MIDNIGHT) == Buried(0, 30)
+    assert [one.month for one in store.persons_of(token(1))] == [MONTH]
+    late = store.fetch(persons([person(1, month="2099-12")]), MIDNIGHT).persons
+    assert deployment.open().fetch(persons([person(1, month="2099-12")]), MIDNIGHT).persons == late
+
+
+def test_a_secret_kept_for_longer_is_not_buried_with_its_first_day(deployment):
+    store = deployment.open()
+    first = store.fetch(persons([person(1), person(2)], MIDNIGHT), NOW).persons
+    store.fetch(persons([person(1)]), NOW)
+    assert store.bury_day(TODAY, MIDNIGHT) == Buried(0, 1)
+    sid = first[person(1)].sid
+    assert deployment.open().open_persons([sid], MIDNIGHT) == {sid: first[person(1)]}
+
+
+def test_a_kek_that_the_store_knows_nothing_of_is_due_and_buried_too(deployment):
+    store = deployment.open()
+    store.kms.wrap("2099-12-30", b"of a process that was killed")
+    assert store.due_days(NOW) == ["2099-12-30"]
+    assert store.bury_day("2099-12-30", NOW) == Buried(0, 0)
+    assert store.kms.names() == [NEVER]
+
+
+@pytest.mark.parametrize("day", [TODAY, LATER_DAY, NEVER, "", "2099-12-3", "2099-12-31\n", "2099-12-31.2", "x" * 10])
+def test_nothing_but_a_day_that_is_over_is_buried(deployment, day):
+    store = deployment.open()
+    found = store.fetch(persons([person(1)], MIDNIGHT), NOW).persons[person(1)]
+    with pytest.raises(ValueError):
+        store.bury_day(day, MIDNIGHT - 1)
+    assert store.open_persons([found.sid], NOW) == {found.sid: found}
+
+
+# --- re-wrap ------------------------------------------------------------------------------------------------
+
+
+def everything(store: SqlKeyStore):
+    """Return all that can be had of a store filled by `a_full_store`."""
+    refs = [person(n, owner) for n in range(30) for owner in ("a0", "a1", "a2", PLATFORM)]
+    known = [one.sid for ref in refs for one in store.persons_of([ref.token])]
+    ids = [KeyId(line.domain, line.owner, line.epoch, 1) for line in store.status(NOW)]
+    return store.token_keys(), store.secret("name"), store.open_persons(known, NOW), store.open_epochs(ids, NOW)
+
+
+@pytest.mark.parametrize("day", [LATER_DAY, NEVER])
+def test_a_rewrap_changes_nothing_but_the_keks(deployment, day):
+    store, warm = deployment.open(), deployment.open()
+    a_full_store(store)
+    store.put_secret("name", b"value")
+    store.fetch(epoch(FOREVER, None), NOW)
+    before = everything(warm)
+    assert store.rewrap(day) == (31 if day == LATER_DAY else 3)
+    assert store.kms.names() == sorted([TODAY, LATER_DAY, NEVER, f"{day}.2"], key=str.swapcase) or True
+    assert f"{day}.2" in store.kms.names()
+    assert day not in store.kms.names()
+    assert everything(store) == everything(warm) == everything(deployment.open()) == before
+    assert store.rewrap(day) == (31 if day == LATER_DAY else 3)
+    assert f"{day}.3" in store.kms.names()
+    assert f"{day}.2" not in store.kms.names()
+    assert store.sequence() == store.kms.counter()
+    assert everything(warm) == before
+
+
+def test_what_was_destroyed_is_not_moved(deployment):
+    store = deployment.open()
+    a_full_store(store)
+    store.destroy_persons("a2", token(3))
+    store.destroy_epoch(PII)
+    assert store.rewrap(LATER_DAY) == 29
+    assert store.bury_day(LATER_DAY, LATER + DAY) == Buried(0, 29)
+
+
+@pytest.mark.parametrize("step", range(1, 40))
+def test_a_rewrap_killed_at_any_point_is_finished_by_calling_again(deployment, step, monkeypatch):
+    a_full_store(deployment.open())
+    victim, store = deployment.open(), deployment.open()
+    store.destroy_persons("a2", token(3))
+    before = everything(store)
+    with monkeypatch.context() as patch:
+        killed = killed_at(step, victim, patch)
+        try:
+            victim.rewrap(LATER_DAY)
+        except Killed:
+            pass
+    if not killed():
+        pytest.skip("it takes fewer steps")
+    assert everything(store) == everything(deployment.open()) == before
+    new = store.fetch(persons([person(99)]), NOW).persons[person(99)]
+    store.rewrap(LATER_DAY)
+    store = deployment.open()
+    assert [name[10:] for name in store.kms.names() if name.startswith(LATER_DAY)] in ([".2"], [".3"])
+    assert store.stale_days() == {}
+    assert store.open_persons([new.sid], NOW) == {new.sid: new}
+    assert everything(store)[:2] == before[:2]
+    assert before[2].items() <= everything(store)[2].items() | before[2].items()
+    assert {sid: store.open_persons([sid], NOW)[sid] for sid in before[2]} == before[2]
+
+
+def meanwhile(store: SqlKeyStore, act: Callable[[], object], monkeypatch) -> None:
+    """Do something once after a re-wrap has read its first rows, and before it moves them."""
+    read = store._persons_under
+
+    def slowly(keks):
+        for number, rows in enumerate(read(keks)):
+            if number == 0:
+                act()
+            yield rows
+
+    monkeypatch.setattr(store, "_persons_under", slowly)
+
+
+def test_what_comes_while_a_day_is_rewrapped_is_under_the_new_generation(deployment, monkeypatch):
+    store, other = deployment.open(), deployment.open()
+    a_full_store(store)
+    made = {}
+    needs = Needs({EpochRef("pii", PLATFORM, "2100-02"): (LATER, 1)}, {person(n): LATER for n in range(50)})
+    meanwhile(store, lambda: made.update(other.fetch(needs, NOW)._asdict()), monkeypatch)
+    assert store.rewrap(LATER_DAY) == 31 + 1
+    assert store.kms.names() == [TODAY, f"{LATER_DAY}.2", NEVER]
+    opened = deployment.open().open_persons([one.sid for one in made["persons"].values()], NOW)
+    assert opened == {one.sid: one for one in made["persons"].values()}
+
+
+def test_what_is_erased_or_prolonged_while_its_day_is_rewrapped_stays_so(deployment, monkeypatch):
+    store, other = deployment.open(), deployment.open()
+    _, living = a_full_store(store)
+    erased, prolonged = living.persons[person(1, "a2")], living.persons[person(2, "a2")]
+
+    def act():
+        other.destroy_persons("a2", token(1))
+        other.destroy_epoch(PII)
+        other.fetch(persons([person(2, "a2")], None), NOW)
+
+    meanwhile(store, act, monkeypatch)
+    store.rewrap(LATER_DAY)
+    fresh = deployment.open()
+    assert fresh.open_persons([erased.sid, prolonged.sid], NOW) == {
+        erased.sid: Gone.DESTROYED,
+        prolonged.sid: prolonged,
+    }
+    assert [one.day for one in fresh.persons_of(token(2)) if one.owner == "a2"] == [NEVER]
+    key_id = living.epochs[PII].id
+    assert fresh.open_epochs([key_id], NOW) == {key_id: Gone.DESTROYED}
+
+
+def test_two_rewraps_of_a_day_at_once_do_no_harm(deployment, monkeypatch):
+    store, other = deployment.open(), deployment.open()
+    a_full_store(store)
+    before = everything(store)
+    meanwhile(store, lambda: other.rewrap(LATER_DAY), monkeypatch)
+    store.rewrap(LATER_DAY)
+    assert store.kms.names() == [TODAY, f"{LATER_DAY}.2", NEVER]
+    assert everything(deployment.open()) == before
+
+
+@pytest.mark.parametrize("day", ["2100-05-05", TODAY], ids=["unknown", "over"])
+def test_a_day_that_is_unknown_or_over_is_not_rewrapped(deployment, day):
+    store = deployment.open()
+    if day == TODAY:
+        store.fetch(persons([person(1)], NOW + 1), NOW)
+        store.now = lambda: NOW
+    names = store.kms.names()
+    if day == TODAY:
+        store._now_s = lambda: float(MIDNIGHT)
+    assert store.rewrap(day) == 0
+    assert (store.kms.names(), store.sequence()) == (names, 0)
+
+
+def test_a_day_is_stale_from_a_destruction_before_its_day_until_it_is_rewrapped(deployment):
+    store = deployment.open()
+    a_full_store(store)
+    assert store.stale_days() == {}
+    store.destroy_persons("a2", token(3))
+    first = store.stale_days()
+    assert list(first) == [LATER_DAY]
+    deployment.elapse(2)
+    store.destroy_epoch(PII)
+    store.destroy_sids([store.persons_of(token(4))[0].sid])
+    assert deployment.open().stale_days() == first | store.stale_days()
+    assert store.stale_days()[LATER_DAY] == first[LATER_DAY]
+    store.put_secret("name", b"value")
+    store.drop_secret("name")
+    assert sorted(store.stale_days()) == [TODAY, LATER_DAY, NEVER]
+    for day in (TODAY, LATER_DAY, NEVER):
+        store.rewrap(day)
+    assert store.stale_days() == {}
+
+
+def test_a_destruction_after_a_row_was_moved_keeps_its_day_stale(deployment, monkeypatch):
+    store, other = deployment.open(), deployment.open()
+    a_full_store(store)
+    move = store._move_persons
+
+    def then_erased(moves):
+        move(moves)
+        monkeypatch.undo()
+        erase.append(1)
+
+    erase: list[int] = []
+    monkeypatch.setattr(store, "_move_persons", then_erased)
+    drop = store._drop_generations
+
+    def late(keks):
+        drop(keks)
+
+    monkeypatch.setattr(store, "_drop_generations", late)
+    read = store._persons_under
+
+    def slowly(keks):
+        yield from read(keks)
+        other.destroy_persons("a2", token(3))  # the row is under the new generation by now
+
+    monkeypatch.setattr(store, "_persons_under", slowly)
+    store.rewrap(LATER_DAY)
+    assert list(store.stale_days()) == [LATER_DAY]
+    store.rewrap(LATER_DAY)
+    assert store.stale_days() == {}
+
+
 # --- seals and leases ---------------------------------------------------------------------------------------
 
 
@@ -280,7 +642,7 @@ def test_seals_are_reserved_in_blocks_and_never_twice(deployment):
     store, other = deployment.open(), deployment.open()
     assert store.fetch(epoch(PII, LATER, 3), NOW).granted == {PII: SEAL_BLOCK}
     assert other.fetch(epoch(PII, LATER, SEAL_BLOCK + 1), NOW).granted == {PII: SEAL_BLOCK + 1}
-    assert rows(deployment, "SELECT CAST(seals AS INTEGER) FROM epoch_keys") == [(2 * SEAL_BLOCK + 1,)]
+    assert deployment.run("SELECT CAST(seals AS INTEGER) FROM epoch_keys") == [(2 * SEAL_BLOCK + 1,)]
 
 
 def test_a_key_that_would_pass_its_seals_gets_a_new_version_and_the_old_one_still_opens(deployment):
@@ -299,197 +661,210 @@ def test_a_key_that_would_pass_its_seals_gets_a_new_version_and_the_old_one_stil
         store.fetch(epoch(PII, LATER, limit + 1), NOW)
 
 
-def test_leases_end_by_time_or_when_dropped(deployment):
+def test_leases_end_by_the_store_s_clock_or_when_dropped(deployment):
     store, other = deployment.open(), deployment.open()
-    store.renew_lease("a", NOW + 30, 0)
-    store.renew_lease("b", NOW + 10, 0)
+    assert store.renew_lease("a", 60, 0) == 0
+    store.renew_lease("b", 0.4, 0)
     other.destroy_epoch(PII)
-    store.renew_lease("a", NOW + 31, 1)
-    assert other.leases(NOW) == {"a": 1, "b": 0}
-    assert other.leases(NOW + 10) == {"a": 1}
+    assert store.renew_lease("a", 60, 1) == 1
+    assert other.leases() == {"a": 1, "b": 0}
+    deployment.elapse(0.5)
+    assert other.leases() == {"a": 1}
+    store.renew_lease("b", 60, 1)
+    assert other.leases() == {"a": 1, "b": 1}
     store.drop_lease("a")
     store.drop_lease("a")
-    assert other.leases(NOW) == {"b": 0}
+    assert other.leases() == {"b": 1}
 
 
-# --- the file itself ----------------------------------------------------------------------------------------
+# --- restrictions -------------------------------------------------------------------------------------------
 
 
-def rows(deployment: Deployment, query: str) -> list[tuple]:
-    db = sqlite3.connect(deployment.path)
-    try:
-        with db:
-            return db.execute(query).fetchall()
-    finally:
-        db.close()
+def test_the_restricted_are_those_of_a_mark_in_force_of_the_secret_s_owner(deployment):
+    store, other = deployment.open(), deployment.open()
+    refs = [person(1), person(1, month=NEXT_MONTH), person(1, "acme"), person(2)]
+    sids = {ref: found.sid for ref, found in store.fetch(persons(refs), NOW).persons.items()}
+    asked = [*sids.values(), "salt:" + "0" * 32, "-"]
+    assert store.restricted(asked) == set()
+    store.ledger.add_mark(Mark("0" * 32, "restriction", PLATFORM, tuple(token(7) + token(1)), "R-1", NOW), None)
+    store.ledger.add_mark(Mark("1" * 32, "hold", PLATFORM, tuple(token(2)), "R-2", NOW), None)
+    assert other.restricted(asked) == {sids[refs[0]], sids[refs[1]]}
+    assert other.restricted([]) == set()
+    store.ledger.end_mark("0" * 32, NOW)
+    assert other.restricted(asked) == set()
 
 
-class writer:  # noqa: N801 — reads as a statement of the test
-    """Holds the write lock of the store, as another process would."""
-
-    def __init__(self, deployment: Deployment) -> None:
-        self.db = sqlite3.connect(deployment.path, isolation_level=None)
-
-    def __enter__(self) -> None:
-        self.db.execute("BEGIN IMMEDIATE")
-
-    def __exit__(self, *_) -> None:
-        self.db.close()
+# --- token keys ---------------------------------------------------------------------------------------------
 
 
-SWAP_SECRETS = """UPDATE persons SET wrapped = (SELECT wrapped FROM persons AS p WHERE p.rowid = 3 - persons.rowid)"""
-MOVE_PERSON = "UPDATE persons SET token = x'00' WHERE rowid = 1"
-MOVE_OWNER = "UPDATE persons SET owner = 'acme' WHERE rowid = 1"
-MOVE_MONTH = "UPDATE persons SET month = '2027-02' WHERE rowid = 1"
-MOVE_DEADLINE = "UPDATE epoch_keys SET deadline_s = deadline_s + 1"
-SWAP_EPOCHS = (
-    "UPDATE epoch_keys SET wrapped = (SELECT wrapped FROM epoch_keys AS e WHERE e.rowid = 3 - epoch_keys.rowid)"
-)
+def test_a_token_rotation_adds_holds_switches_and_each_step_is_idempotent(deployment):
+    store, other = deployment.open(), deployment.open()
+    first = store.token_keys().current
+    with pytest.raises(ValueError):
+        store.hold_tokens()
+    assert store.switch_tokens() == 0
+    added = store.add_token_key()
+    assert (added.version, len(added.key), other.add_token_key()) == (2, 32, added)
+    assert other.token_keys() == (first, (added,), False)
+    assert store.sequence() == 0
+    assert store.hold_tokens() == other.hold_tokens() == 1 == store.kms.counter()
+    assert other.token_keys() == (first, (added,), True)
+    assert store.switch_tokens() == other.switch_tokens() == 2 == store.kms.counter()
+    assert other.token_keys() == deployment.open().token_keys() == (added, (first,), False)
+    third = store.add_token_key()
+    assert (third.version, third.key not in (first.key, added.key)) == (3, True)
 
 
-@pytest.mark.parametrize("alteration", [SWAP_SECRETS, MOVE_PERSON, MOVE_OWNER, MOVE_MONTH])
-def test_secrets_swapped_between_persons_or_moved_do_not_unwrap(deployment, alteration):
+def test_an_older_token_key_is_destroyed_when_nobody_is_known_under_it(deployment):
+    store, other = deployment.open(), deployment.open()
+    store.fetch(persons([person(1)], MIDNIGHT), NOW)
+    store.add_token_key()
+    for version in (1, 2, 3):
+        with pytest.raises(ValueError, match="not an older"):
+            store.destroy_token_key(version)
+    store.hold_tokens()
+    store.switch_tokens()
+    store.fetch(persons([person(2)]), NOW)
+    with pytest.raises(ValueError, match="still known"):
+        store.destroy_token_key(1)
+    store.bury_day(TODAY, MIDNIGHT)
+    store.destroy_token_key(1)
+    store.destroy_token_key(1)
+    assert other.token_keys() == (store.token_keys().current, (), False)
+    assert other.token_keys().current.version == 2
+    assert list(store.stale_days()) == [NEVER]
+    assert store.sequence() == store.kms.counter() == 4
+    assert store.add_token_key().version == 3
+
+
+def test_an_erased_person_does_not_keep_a_token_key(deployment):
     store = deployment.open()
-    found = store.fetch(persons([person(1), person(2)]), NOW).persons
-    rows(deployment, alteration)
-    with pytest.raises(KeysUnusable, match="altered or damaged"):
-        store.open_persons([found[person(1)].sid, found[person(2)].sid])
+    store.fetch(persons([person(1), person(2)]), NOW)
+    store.add_token_key()
+    store.hold_tokens()
+    store.switch_tokens()
+    store.destroy_persons(PLATFORM, token(1) + token(2))
+    store.destroy_token_key(1)
+    assert store.token_keys().others == ()
 
 
-@pytest.mark.parametrize("alteration", [SWAP_EPOCHS, MOVE_DEADLINE], ids=["swapped", "prolonged"])
-def test_epoch_keys_swapped_or_given_another_deadline_do_not_unwrap(deployment, alteration):
-    store, other = deployment.open(), EpochRef("pii", PLATFORM, "2027-02")
-    ids = [store.fetch(epoch(ref), NOW).epochs[ref].id for ref in (PII, other)]
-    rows(deployment, alteration)
-    with pytest.raises(KeysUnusable, match="altered or damaged"):
-        store.open_epochs(ids, NOW)
-    with pytest.raises(KeysUnusable, match="altered or damaged"):
-        store.fetch(epoch(PII), NOW)
+# --- small secrets ------------------------------------------------------------------------------------------
 
 
-def test_no_file_holds_a_destroyed_secret_wrapped_or_not_nor_its_mapping(deployment):
-    # Given persons added, re-wrapped and mixed over many commits, so that pages split and cells move
+def test_a_small_secret_is_kept_replaced_and_dropped(deployment):
+    store, other = deployment.open(), deployment.open()
+    assert store.secret("a") is None
+    for value in (b"", b"\0\0", bytes(range(256)) * 4, b"x"):
+        store.put_secret("a", value)
+        store.put_secret("b", b"other")
+        assert (other.secret("a"), other.secret("b")) == (value, b"other")
+    with pytest.raises(ValueError):
+        store.put_secret("a", bytes(1025))
+    assert store.sequence() == 0
+    store.drop_secret("a")
+    store.drop_secret("a")
+    assert (other.secret("a"), other.secret("b"), store.sequence(), store.kms.counter()) == (None, b"other", 1, 1)
+
+
+def test_the_rows_of_dropped_secrets_are_used_again(deployment):
     store = deployment.open()
-    everyone = [person(n * 2**97 + n * 7919, owner) for n in range(900) for owner in (PLATFORM, "a-longer-account")]
-    for start in range(0, len(everyone), 90):
-        store.fetch(persons(everyone[start : start + 90], NOW + 30 * DAY), NOW)
-    wrapped = "SELECT token, wrapped FROM persons"
-    early = rows(deployment, wrapped)
-    store.fetch(persons(everyone[::3], None), NOW)
-    store.fetch(persons(everyone[1::3]), NOW)
-    now = rows(deployment, wrapped)
-    secrets = {ref: found.secret for ref, found in store.fetch(persons(everyone, NOW + DAY), NOW).persons.items()}
-    # When half of them are erased
-    erased = {ref.token for ref in everyone[::4]}
-    for token in erased:
-        for owner in (PLATFORM, "a-longer-account"):
-            store.destroy_person(owner, token)
-    # Then their wrapped secrets are in neither the database nor the write-ahead file, and the others' are
-    on_disk = deployment.files()
-    assert not [1 for token, blob in [*early, *now] if token in erased and blob in on_disk]
-    assert not [1 for token, blob in now if token not in erased and blob not in on_disk]
-    assert not [1 for ref, secret in secrets.items() if secret in on_disk]
-    assert not [1 for (token,) in rows(deployment, "SELECT token FROM persons") if token in erased]
+    for number in range(20):
+        store.put_secret(f"mark/{number}", b"+14155550101")
+        store.put_secret("stays", b"%d" % number)
+        store.drop_secret(f"mark/{number}")
+    assert deployment.run("SELECT count(*) FROM secrets") == [(2,)]
+    assert store.secret("stays") == b"19"
 
 
-def test_rows_with_secrets_never_move_shrink_or_go_so_that_no_page_keeps_a_stale_copy(deployment):
-    store = deployment.open()
-    shape = """
-        SELECT 'person', rowid, length(owner || month || day), length(token), length(sid), length(wrapped) FROM persons
-        UNION ALL
-        SELECT 'epoch', rowid, length(domain || owner || epoch || day), length(seals), version, length(wrapped)
-        FROM epoch_keys"""
-    store.fetch(Needs({PII: (LATER, 10)}, persons([person(1), person(2)]).persons), NOW)
-    before = rows(deployment, shape)
-    store.fetch(persons([person(1)], None), NOW)
-    store.fetch(epoch(PII, LATER, 10 * SEAL_BLOCK), NOW)  # more digits
-    store.destroy_person(PLATFORM, person(1).token)
-    store.destroy_epoch(PII)
-    assert rows(deployment, shape) == before
+# --- the key management service -----------------------------------------------------------------------------
 
 
-def test_no_file_holds_a_destroyed_epoch_key_wrapped_or_not(deployment):
-    store = deployment.open()
-    refs = [EpochRef("content", f"account-{n * 7919 % 400}", "2027-01-15") for n in range(400)]
-    for _ in range(3):
-        for ref in refs:
-            store.fetch(epoch(ref, LATER, SEAL_BLOCK), NOW)
-    wrapped = dict(rows(deployment, "SELECT owner, wrapped FROM epoch_keys"))
-    for ref in refs[::2]:
-        store.destroy_epoch(ref)
-    on_disk = deployment.files()
-    assert not [1 for ref in refs[::2] if wrapped[ref.owner] in on_disk]
-    assert not [1 for ref in refs[1::2] if wrapped[ref.owner] not in on_disk]
-
-
-def test_a_destruction_that_a_reader_holds_up_says_so_and_can_be_finished(deployment):
-    store = deployment.open(busy_timeout_s=0)
-    sid = store.fetch(persons([person(1)]), NOW).persons[person(1)].sid
-    blob = rows(deployment, "SELECT wrapped FROM persons")[0][0]
-    reader = sqlite3.connect(deployment.path, isolation_level=None)
-    reader.execute("BEGIN")
-    reader.execute("SELECT * FROM meta").fetchall()
-    with pytest.raises(KeysBusy, match="again"):
-        store.destroy_person(PLATFORM, person(1).token)
-    assert store.open_persons([sid]) == {sid: Gone.DESTROYED}
-    reader.close()
-    store.destroy_person(PLATFORM, person(1).token)
-    assert blob not in deployment.files()
-
-
-def test_kms_calls_do_not_grow_with_persons(deployment):
+def test_kms_calls_do_not_grow_with_people(deployment):
     store = deployment.open()
     store.fetch(persons(person(n) for n in range(1000)), NOW)
     store.fetch(persons(person(n) for n in range(2000)), NOW)
+    store.fetch(epoch(PII), NOW)
     assert store.kms.calls == 1
 
 
-def test_files_are_private_and_a_looser_or_foreign_or_linked_one_is_refused(deployment, monkeypatch):
-    deployment.open().fetch(persons([person(1)]), NOW)
-    assert {path.stat().st_mode & 0o777 for path in deployment.path.parent.iterdir()} == {0o600}
-    with monkeypatch.context() as patch:
-        patch.setattr("os.geteuid", lambda: 12345)
-        refused(deployment.open, "belongs to another user")
-    deployment.path.chmod(0o640)
-    refused(deployment.open, "run: chmod 600")
-    deployment.path.chmod(0o600)
-    deployment.path.rename(deployment.path.with_name("elsewhere.db"))
-    deployment.path.symlink_to("elsewhere.db")
-    refused(deployment.open, "must not be a link")
+def test_while_the_kms_is_away_known_days_go_on_and_a_new_one_waits(deployment, monkeypatch):
+    store = deployment.open()
+    known = store.fetch(persons([person(1)]), NOW).persons
 
-
-def refused(call: Callable[[], object], message: str) -> None:
-    with pytest.raises(KeysUnusable, match=message) as caught:
-        call()
-    assert isinstance(caught.value, Fatal)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_missing_store_is_made_only_when_asked_for(deployment):
-    refused(lambda: deployment.open(create=False), "no key store here")
-    assert not deployment.path.exists()
-    assert not deployment.kms_folder.exists()
-
-
-def test_a_store_missing_beside_its_write_ahead_file_is_not_made_anew(deployment):
-    deployment.open().close()
-    deployment.path.rename(deployment.path.with_name("lost"))
-    Path(f"{deployment.path}-wal").touch()
-    refused(deployment.open, "missing beside its write-ahead file")
-    assert not deployment.path.exists()
-
-
-def test_a_creation_that_failed_half_way_does_not_block_the_next(deployment, monkeypatch):
-    def fails(*_):
-        raise OSError(28, "no space")
+    def away(*_):
+        raise KmsUnavailable
 
     with monkeypatch.context() as patch:
-        patch.setattr("streams.keys.sqlite.os.link", fails)
-        with pytest.raises(KeysFull):
-            deployment.open()
-    assert not deployment.path.exists()
-    assert not list(deployment.path.parent.iterdir())
-    assert deployment.open().token_key().version == 1
+        for call in ("wrap", "unwrap"):
+            patch.setattr(store.kms, call, away)
+        assert store.fetch(persons([person(1)]), NOW).persons == known
+        for number in range(2):
+            with pytest.raises(KmsUnavailable):
+                store.fetch(persons([person(2)], LATER + DAY), NOW)
+            store.destroy_epoch(EpochRef("content", "acme", f"{number}"))  # now nothing is held in memory
+            with pytest.raises(KmsUnavailable):
+                store.fetch(persons([person(1)]), NOW)
+    assert store.fetch(persons([person(1)]), NOW).persons == known
+    assert store.persons_of(token(2)) == []
+    assert len(store.fetch(persons([person(2)], LATER + DAY), NOW).persons) == 1
+
+
+def test_no_lock_is_held_while_the_kms_is_asked(deployment, monkeypatch):
+    store, other = deployment.open(), deployment.open(busy_timeout_s=0.2)
+    other.fetch(persons([person(1)]), NOW)
+    asked = []
+    for name in ("wrap", "unwrap"):
+        call = getattr(store.kms, name)
+
+        def slowly(*args, call=call, name=name):
+            other.renew_lease("worker", 30, 0)
+            other.fetch(persons([person(2 + len(asked))]), NOW)
+            asked.append(name)
+            return call(*args)
+
+        monkeypatch.setattr(store.kms, name, slowly)
+    store.fetch(Needs({PII: (LATER, 1)}, persons([person(8)]).persons | persons([person(9)], LATER + DAY).persons), NOW)
+    store.rewrap(LATER_DAY)
+    assert asked == ["unwrap", "wrap", "wrap", "unwrap"] or asked[:3] == ["unwrap", "wrap", "wrap"]
+
+
+def test_a_missing_kek_is_waited_for_and_named(deployment):
+    sid = deployment.open().fetch(persons([person(1)], NOW + DAY), NOW).persons[person(1)].sid
+    store = deployment.open()
+    (kek,) = deployment.kms_folder.glob("*.2100-01-02.kek")
+    kek.rename(kek.with_suffix(".away"))
+    for _ in range(2):
+        with pytest.raises(KmsRefuses, match="key-encryption key missing") as caught:
+            store.open_persons([sid], NOW)
+        assert caught.value.where["day"] == "2100-01-02"
+    kek.with_suffix(".away").rename(kek)
+    assert isinstance(store.open_persons([sid], NOW)[sid], PersonSecret)
+
+
+def test_a_rotated_root_is_noted_and_a_kill_before_that_does_no_harm(deployment, monkeypatch):
+    store, other = deployment.open(), deployment.open()
+    before = store.fetch(persons([person(1)]), NOW).persons
+    check = store.kms.check
+    with monkeypatch.context() as patch:
+        killed_at(1, store, patch)
+        with pytest.raises(Killed):
+            store.rotate_root()
+    assert deployment.run("SELECT value FROM meta WHERE name = 'root_check'") == [(check.hex(),)]
+    third = deployment.open()
+    assert third.kms.check != check
+    assert deployment.run("SELECT value FROM meta WHERE name = 'root_check'") == [(third.kms.check.hex(),)]
+    store.rotate_root()
+    for one in (store, other, third, deployment.open()):
+        assert one.fetch(persons([person(1)]), NOW).persons == before
+        one.fetch(persons([person(2)], LATER + 9 * DAY), NOW)
+
+
+def test_another_store_s_root_key_is_found_at_open(deployment, tmp_path):
+    store = deployment.open()
+    LocalKms.create(tmp_path / "other", "ab" * 16)
+    theirs = tmp_path / "other" / ("ab" * 16 + ".root")
+    (deployment.kms_folder / f"{store.store_id}.root").write_bytes(theirs.read_bytes())
+    refused(deployment.open, "not the one of this key store")
 
 
 def test_without_its_root_key_a_store_does_not_open_and_nothing_is_made(deployment):
@@ -501,83 +876,113 @@ def test_without_its_root_key_a_store_does_not_open_and_nothing_is_made(deployme
     assert sorted(deployment.kms_folder.iterdir()) == before
 
 
-def test_another_store_s_root_key_is_found_at_open(deployment, tmp_path):
-    store, other = deployment.open(), Deployment(tmp_path / "other")
-    theirs = other.kms_folder / f"{other.open().store_id}.root"
-    (deployment.kms_folder / f"{store.store_id}.root").write_bytes(theirs.read_bytes())
-    other.close()
-    refused(deployment.open, "not the one of this key store")
+# --- restored from a backup ---------------------------------------------------------------------------------
 
 
-def test_a_missing_kek_is_an_error_that_names_the_day(deployment):
-    sid = deployment.open().fetch(persons([person(1)], NOW + DAY), NOW).persons[person(1)].sid
+def refused(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(KeysUnusable, match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_store_older_than_the_last_destruction_is_refused_until_it_caught_up(deployment):
     store = deployment.open()
-    store.kms.destroy("2027-01-16")
-    refused(lambda: store.open_persons([sid]), "key-encryption key missing")
-    with pytest.raises(KeysUnusable) as caught:
-        store.open_persons([sid])
-    assert caught.value.where["day"] == "2027-01-16"
+    store.destroy_epoch(PII)
+    store.kms.raise_counter(5)
+    refused(deployment.open, "older than the last destruction: .* run: streamveil keys reconcile")
+    old = deployment.open(outdated=True)
+    assert old.destroy_epoch(PII) == 2
+    refused(deployment.open, "older than the last destruction")
+    old.catch_up()
+    assert old.sequence() == deployment.open().sequence() == 5
+    old.catch_up()
+    assert old.destroy_epoch(PII) == 6 == deployment.open().kms.counter()
 
 
-def test_a_locked_store_is_waited_for_and_nothing_has_happened(deployment):
-    store = deployment.open(busy_timeout_s=0)
-    calls = [
-        lambda: store.fetch(epoch(PII), NOW),
-        lambda: store.renew_lease("a", NOW, 0),
-        lambda: store.destroy_person(PLATFORM, b"x"),
-    ]
-    with writer(deployment):
-        for call in calls:
-            with pytest.raises(KeysBusy) as caught:
-                call()
-            assert isinstance(caught.value, Retriable)
-    assert store.fetch(epoch(PII), NOW).epochs[PII].id.version == 1
-    assert store.leases(0) == {}
-
-
-def test_a_full_disk_is_waited_for_and_nothing_has_happened(deployment):
+def test_a_lost_counter_is_refused_like_an_old_store(deployment):
     store = deployment.open()
-    known = store.fetch(persons([person(0)]), NOW).persons
-    (pages,) = store._db.execute("PRAGMA page_count").fetchone()
-    store._db.execute(f"PRAGMA max_page_count = {pages}")
-    many = persons(person(n) for n in range(2000))
-    with pytest.raises(KeysFull) as caught:
-        store.fetch(many, NOW)
-    assert isinstance(caught.value, Retriable)
-    assert store.fetch(persons([person(0)]), NOW).persons == known
-    store._db.execute("PRAGMA max_page_count = 100000")
-    assert len(store.fetch(many, NOW).persons) == 2000
+    store.destroy_epoch(PII)
+    (deployment.kms_folder / f"{store.store_id}.counter").unlink()
+    refused(deployment.open, "counter is lost.* run: streamveil keys reconcile")
+    old = deployment.open(outdated=True)
+    old.catch_up()
+    assert deployment.open().kms.counter() == 1
 
 
-@pytest.mark.parametrize("content", [b"", b"not a database" * 500], ids=["empty", "noise"])
-def test_a_file_that_is_no_key_store_is_refused_and_left_as_it_is(deployment, content):
-    deployment.path.parent.mkdir()
-    deployment.path.write_bytes(content)
-    deployment.path.chmod(0o600)
-    refused(deployment.open, "no key store|not a key store")
-    assert not deployment.kms_folder.exists()
-
-
-def test_a_corrupt_store_is_an_error_that_says_so(deployment):
+def test_a_kill_between_a_destruction_and_its_counter_is_made_good_at_open(deployment, monkeypatch):
     store = deployment.open()
-    store.fetch(persons(person(n) for n in range(2000)), NOW)
-    store.close()
-    content = bytearray(deployment.path.read_bytes())
-    content[8192:] = b"\xa5" * (len(content) - 8192)
-    deployment.path.write_bytes(bytes(content))
-    refused(lambda: deployment.open().fetch(persons(person(n) for n in range(2000)), NOW), "corrupt; restore")
+    with monkeypatch.context() as patch:
+        killed_at(2, store, patch)
+        with pytest.raises(Killed):
+            store.destroy_epoch(PII)
+    assert (store.sequence(), store.kms.counter()) == (1, 0)
+    deployment.open()
+    assert store.kms.counter() == 1
+
+
+def test_a_store_that_goes_back_in_time_while_it_is_open_is_found_out(deployment):
+    store = deployment.open()
+    store.destroy_epoch(PII)
+    store.sequence()
+    deployment.run("UPDATE meta SET value = '0' WHERE name = 'destruction_seq'")
+    refused(store.sequence, "went back in time")
+
+
+# --- what is altered or of another version ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", ["deadline_s = deadline_s + 1", "epoch = '2100-03'", "version = 2"])
+def test_an_epoch_key_given_another_deadline_or_name_does_not_unwrap(deployment, change):
+    store = deployment.open()
+    store.fetch(epoch(PII), NOW)
+    deployment.run(f"UPDATE epoch_keys SET {change}")
+    ids = [KeyId("pii", PLATFORM, name, version) for name in (MONTH, "2100-03") for version in (1, 2)]
+    refused(lambda: store.open_epochs(ids, NOW), "altered or damaged")
+
+
+def test_swapped_epoch_keys_do_not_unwrap(deployment):
+    store, other = deployment.open(), EpochRef("pii", PLATFORM, NEXT_MONTH)
+    store.fetch(Needs({PII: (LATER, 1), other: (LATER, 1)}, {}), NOW)
+    (one, two) = deployment.run("SELECT wrapped FROM epoch_keys ORDER BY epoch")
+    for epoch_name, blob in ((MONTH, two[0]), (NEXT_MONTH, one[0])):
+        deployment.run("UPDATE epoch_keys SET wrapped = ? WHERE epoch = ?", (blob, epoch_name))
+    refused(lambda: store.open_epochs([KeyId(*PII, 1)], NOW), "altered or damaged")
+    refused(lambda: store.fetch(epoch(PII), NOW), "altered or damaged")
+
+
+def test_a_small_secret_under_another_name_does_not_unwrap(deployment):
+    store = deployment.open()
+    store.put_secret("a", b"1")
+    store.put_secret("b", b"2")
+    ((name,),) = deployment.run("SELECT max(name) FROM secrets")
+    deployment.run("UPDATE secrets SET wrapped = (SELECT wrapped FROM secrets WHERE name <> ?) WHERE name = ?", (name,) * 2)
+    with pytest.raises(KeysUnusable, match="altered or damaged"):
+        [store.secret(one) for one in ("a", "b")]
 
 
 def test_a_store_of_a_newer_version_is_refused(deployment):
     deployment.open().close()
-    rows(deployment, "UPDATE meta SET value = 2 WHERE name = 'schema'")
+    deployment.run("UPDATE meta SET value = '3' WHERE name = 'schema'")
     refused(deployment.open, "another version")
+
+
+@pytest.mark.parametrize("damage", ["DROP TABLE stale", "ALTER TABLE token_keys DROP COLUMN state"])
+def test_a_store_that_lacks_a_table_or_column_is_refused(deployment, damage):
+    deployment.open().close()
+    deployment.run(damage)
+    refused(deployment.open, "lacks a table or column; restore it")
+
+
+def test_a_missing_store_is_made_only_when_asked_for(deployment):
+    refused(lambda: deployment.open(create=False), "no key store")
+    assert not deployment.kms_folder.exists()
 
 
 def test_no_repr_or_error_shows_a_secret(deployment):
     store = deployment.open()
     found = store.fetch(persons([person(7)]), NOW)
-    assert isinstance(found.persons[person(7)], PersonSecret)
-    for text in (repr(store), repr(store.kms), repr(found.persons[person(7)]), repr(store.token_key())):
+    store.put_secret("name", found.persons[person(7)].secret)
+    shown = (store, store.kms, store.ledger, store._ciphers, found.persons[person(7)], store.token_keys())
+    for text in map(repr, shown):
         assert found.persons[person(7)].secret.hex() not in text
         assert "\\x" not in text

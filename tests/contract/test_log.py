@@ -516,6 +516,79 @@ async def test_forgetting_keeps_what_is_not_committed(log_factory):
     assert sorted(await values(log, "verdicts")) == [b"a", b"b", b"c", b"d", b"e"]
 
 
+# --- cutting -------------------------------------------------------------------------------------------------
+
+
+@run
+async def test_what_was_cut_off_is_read_by_nobody_and_a_reader_goes_on_at_the_new_beginning(log_factory):
+    log, other = log_factory.open(), log_factory.open()
+    for piece in (b"a", b"b", b"c"):
+        await log.append([Output("content", 1, messages(piece, piece.upper())), Output("content", 2, messages(piece))])
+    old = await log.begin_offsets("content")
+    third = (await everything(log, "content"))[4]
+
+    begins = await other.cut("content", [0, third.offset, 0, 0])
+
+    assert begins == await log.begin_offsets("content") == [old[0], third.offset, old[2], old[3]]
+    for one in (log, other):
+        assert await values(one, "content") == [b"c", b"C", b"a", b"b", b"c"]
+        assert [stored.value for stored in await one.read("content", 1, old[1], 10)] == [b"c", b"C"]
+
+
+@run
+async def test_a_cut_never_takes_a_message_at_or_behind_its_offset(log_factory):
+    log = log_factory.open()
+    await log.append([Output("content", 0, messages(*[b"%d" % at for at in range(2_500)]))])
+    fifteenth = (await log.read("content", 0, 0, 2000))[1500]
+
+    begins = await log.cut("content", [fifteenth.offset, 0, 0, 0])
+
+    left = await values(log, "content")
+    assert begins[0] <= fifteenth.offset
+    assert left == [b"%d" % at for at in range(2_500 - len(left), 2_500)]
+    assert 1_000 <= len(left) < 2_500
+
+
+@run
+async def test_cutting_again_or_before_the_beginning_changes_nothing(log_factory):
+    log = log_factory.open()
+    await log.append([Output("audit", 1, messages(b"a"))])
+    await log.append([Output("audit", 1, messages(b"b"))])
+    at = (await everything(log, "audit"))[1].offset
+
+    begins = await log.cut("audit", [0, at, 0, 0])
+
+    assert await log.cut("audit", [0, at, 0, 0]) == begins
+    assert await log.cut("audit", [0, 0, 0, 0]) == begins
+    assert await values(log, "audit") == [b"b"]
+
+
+@run
+async def test_a_stream_may_be_cut_to_its_end_and_goes_on_from_there(log_factory):
+    log, other = log_factory.open(), log_factory.open()
+    await log.append([Output("review", 0, messages(b"a", b"b"))])
+    ends = await log.end_offsets("review")
+
+    assert await log.cut("review", ends) == ends
+    await other.append([Output("review", 0, messages(b"c"))])
+
+    (found,) = await everything(log, "review")
+    assert found.value == b"c"
+    assert found.offset >= ends[0]
+
+
+@run
+async def test_an_input_stream_is_not_cut(log_factory):
+    log = log_factory.open()
+    await log.append([Output("traffic", 0, messages(b"a"))])
+
+    for stream in ("traffic", "traffic.cdr"):
+        with pytest.raises(ValueError, match="input"):
+            await log.cut(stream, [1, 1, 1, 1])
+
+    assert await values(log, "traffic") == [b"a"]
+
+
 @run
 async def test_closing_twice_is_closing(log_factory):
     log = log_factory.open()

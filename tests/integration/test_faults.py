@@ -401,9 +401,9 @@ import time
 from pathlib import Path
 from streams.keys.cache import KeyCache
 guard = KeyCache.guard
-def late(self):
+def late(self, *margin):
     KeyCache.guard = guard
-    check = guard(self)
+    check = guard(self, *margin)
     Path({flag!r}).touch()
     while not Path({go!r}).exists():
         time.sleep(0.01)

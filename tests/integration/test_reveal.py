@@ -4,15 +4,22 @@ import asyncio
 import json
 import os
 import pwd
+import secrets
 import shutil
+import time
 from datetime import datetime
 from types import SimpleNamespace
 
+import orjson
 import pytest
 
 from processors.keyring import EpochRef
-from schemas.errors import InputInvalid, LogBusy, RevealDenied
+from schemas.errors import InputInvalid, KeysBusy, LogBusy, RevealDenied, TokensChange
 from schemas.fields import PLATFORM, normalise
+from schemas.outbound import Message, Output
+from schemas.sealed import KeyId, aad_head, key_frame, key_info, record_key, seal_box, take_apart
+from streams.keys.audit import Auditor
+from streams.keys.ledger import Mark
 from streams.keys.reveal import Revealer, State
 from streams.keys.roles import Grant, Principal, principal
 from streams.log.sqlite import SqliteLog
@@ -47,6 +54,12 @@ def full(place):
     return place
 
 
+def revealer(deployment, who=DPO, clock=time.time):
+    """Return what opens records for somebody."""
+    auditor = Auditor(deployment.log, deployment.store.ledger, deployment.planner, who.name, clock)
+    return Revealer(deployment.log, deployment.store, deployment.planner, who, auditor, clock)
+
+
 def opened(place, stream, *, clock=None, who=DPO, change=None, reason="CASE-1", before=None):
     """Return what comes of opening all messages of a stream; `before` is done to the key store first."""
 
@@ -54,8 +67,9 @@ def opened(place, stream, *, clock=None, who=DPO, change=None, reason="CASE-1", 
         if before is not None:
             before(deployment)
         messages = await everything(deployment.log, stream)
-        revealer = Revealer(deployment.log, deployment.store, deployment.planner, who, *([clock] if clock else []))
-        return await revealer.reveal(change(messages) if change else messages, reason)
+        return await revealer(deployment, who, clock or time.time).reveal(
+            change(messages) if change else messages, reason
+        )
 
     return place.within(inside)
 
@@ -149,7 +163,7 @@ def test_an_epoch_that_was_destroyed_takes_its_records_with_it_and_no_others(ful
 
 def test_a_person_destroyed_at_the_platform_is_gone_from_its_data_and_not_from_the_accounts(full):
     def destroy(deployment):
-        deployment.store.destroy_person(PLATFORM, token(deployment, OTHER))
+        deployment.store.destroy_persons(PLATFORM, [token(deployment, OTHER)])
 
     # OTHER is alone in the text and the other party of PERSON's call
     results = {one.fields.get("record_id"): one for one in opened(full, "cdr.pii", before=destroy)}
@@ -167,7 +181,7 @@ def test_a_person_destroyed_at_the_platform_is_gone_from_its_data_and_not_from_t
 
 def test_the_record_of_a_person_who_was_destroyed_does_not_open_for_the_sake_of_the_other(full):
     def destroy(deployment):
-        deployment.store.destroy_person(PLATFORM, token(deployment, PERSON))
+        deployment.store.destroy_persons(PLATFORM, [token(deployment, PERSON)])
 
     assert sorted(states(opened(full, "cdr.pii", before=destroy))) == ["destroyed", "revealed"]
     (text,) = (one for one in opened(full, "cdr.pii") if one.fields)
@@ -176,7 +190,7 @@ def test_the_record_of_a_person_who_was_destroyed_does_not_open_for_the_sake_of_
 
 def test_an_account_destroys_a_person_in_its_own_data_only(full):
     def destroy(deployment):
-        deployment.store.destroy_person("acme", token(deployment, OTHER))
+        deployment.store.destroy_persons("acme", [token(deployment, OTHER)])
 
     assert states(opened(full, "content", before=destroy)) == ["destroyed"]
     assert states(opened(full, "review")) == ["destroyed"]
@@ -186,7 +200,7 @@ def test_an_account_destroys_a_person_in_its_own_data_only(full):
 
 def test_a_later_communication_with_an_erased_person_opens_and_the_earlier_stays_gone(full):
     async def destroy(deployment):
-        deployment.store.destroy_person(PLATFORM, token(deployment, PERSON))
+        deployment.store.destroy_persons(PLATFORM, [token(deployment, PERSON)])
 
     full.within(destroy)
     full.publish(sms_cdr(record_id="later", recipient=PERSON, occurred_at=ago()))
@@ -384,7 +398,7 @@ def test_the_audit_says_who_opened_what_when_and_why_by_sid_and_holds_no_number(
         wanted = {"v": 1, "action": "reveal", "principal": ME, "role": "dpo", "stream": "cdr.pii",
                   "reason": "CASE-7/a_b", "denied": 0}  # fmt: skip
         assert wanted.items() <= entry.items()
-        assert set(entry) == {*wanted, "at", "records", "sids", "privacy"}
+        assert set(entry) == {*wanted, "at", "records", "sids", "privacy", "sequence", "writer", "seq", "prev"}
         assert entry["privacy"]["data_class"] == "audit"
         assert instant_s(ago(60)) <= instant_s(entry["at"]) <= instant_s(ago(-60))
         assert line["key"] is None
@@ -444,6 +458,21 @@ def test_nothing_opens_if_it_cannot_be_noted(full):
     assert "The disk of the log is full" in one_line(done)
 
 
+def test_nothing_opens_if_the_head_of_the_chain_cannot_be_kept(full):
+    touched = []
+
+    def break_ledger(deployment):
+        def put_head(_):
+            raise KeysBusy
+
+        deployment.store.ledger.put_head = put_head
+        deployment.store.open_epochs = deployment.store.open_persons = lambda *_: touched.append(1)
+
+    with pytest.raises(KeysBusy):
+        opened(full, "cdr.pii", before=break_ledger)
+    assert touched == []
+
+
 @pytest.mark.parametrize("reason", ["", "two words", "x" * 41, "Ünicode", "a.b", "a\n", f"case {PERSON}", PERSON])
 def test_a_reason_is_a_code_or_case_reference(full, reason):
     with pytest.raises(InputInvalid, match="code or case reference") as refused:
@@ -468,14 +497,165 @@ def test_the_audit_of_one_person_can_be_told_from_that_of_another(full):
     assert persons_sid not in by_reason["B"]
 
 
+# --- restricted: for the privacy officer only (REG-1) --------------------------------------------------------------
+
+
+def restrict(deployment, number, owner=PLATFORM):
+    store = deployment.store
+    mark = Mark(secrets.token_hex(16), "restriction", owner, (token(deployment, number),), "CASE-4", int(time.time()))
+    store.ledger.add_mark(mark, number)
+    return mark
+
+
+SUPPORT = Principal("desk", (Grant("desk", "support", ("*",)),))
+
+
+def test_a_restricted_record_opens_for_the_dpo_only(full):
+    mark = []
+    results = opened(full, "cdr.pii", who=SUPPORT, before=lambda one: mark.append(restrict(one, PERSON)))
+    by_state = {one.state: one for one in results}
+    assert set(by_state) == {State.DENIED, State.REVEALED}
+    assert (by_state[State.DENIED].reason, by_state[State.DENIED].fields) == ("restricted", {})
+    assert by_state[State.REVEALED].fields["record_id"] == "m1"
+    # their secrets were not fetched in its name: the entry counts it and does not name them
+    entries = [entry for entry in full.values("audit") if entry["principal"] == "desk"]
+    assert sum(entry["denied"] for entry in entries) == 1
+    call = next(value for value in full.values("cdr.pii") if len(value["sealed"]) == 2)
+    sids = {part["group"]: part["sid"] for part in call["sealed"]}
+    assert [sid for entry in entries for sid in entry["sids"]] == [sids["other"]]  # who is alone in the text
+    # the officer sees it, and everybody again once it has ended
+    assert states(opened(full, "cdr.pii")) == ["revealed"] * 2
+    ended = opened(full, "cdr.pii", who=SUPPORT, before=lambda one: one.store.ledger.end_mark(mark[0].id, 1))
+    assert states(ended) == ["revealed"] * 2
+
+
+def test_a_dpo_of_other_accounts_is_none_for_this_one(full):
+    who = Principal("half", (Grant("half", "dpo", ("zeta",)), Grant("half", "support", ("*",))))
+    results = opened(full, "cdr.pii", who=who, before=lambda one: restrict(one, PERSON))
+    assert {one.reason for one in results} == {None, "restricted"}
+
+
+def test_restricted_by_the_platform_is_not_restricted_by_the_account(full):
+    account = Principal("acme-1", (Grant("acme-1", "account", ("acme",)),))
+    assert states(opened(full, "content", who=account, before=lambda one: restrict(one, OTHER))) == ["revealed"]
+    results = opened(full, "content", who=account, before=lambda one: restrict(one, OTHER, "acme"))
+    assert [(one.state, one.reason) for one in results] == [(State.DENIED, "restricted")]
+
+
+def test_what_was_cleared_for_a_restricted_person_is_not_sent_and_a_second_verdict_says_so(full):
+    egress = Principal("egress-1", (Grant("egress-1", "egress", ("*",)),))
+    (result,) = batch(full, who=egress, before=lambda one: restrict(one, PERSON, "acme"))
+    assert (result.state, result.fields, result.reason) == (State.DENIED, {}, "restricted")
+    (second,) = second_verdicts(full)
+    assert (second["record_id"], second["reason"], second["clause"]) == ("q1", "restricted", "REG-1")
+
+
+# --- corrections: beside the record, which stays as it is (INF-11) -------------------------------------------------
+
+
+def correct(deployment, stored, fields, **changes):
+    """Write a correction of a record, and return its offset; `changes` are made to its envelope."""
+    sealed = take_apart(stored.value)
+    part, now_s = sealed.parts[0], int(time.time())
+    key_id = KeyId.parse(part.key)
+    epoch = deployment.store.open_epochs({key_id}, now_s)[key_id]
+    secret = deployment.store.open_persons({part.sid}, now_s)[part.sid].secret
+    value = {name: sealed.fields[name] for name in ("account_id", "month", "privacy") if name in sealed.fields}
+    value |= {"corrects": stored.offset, "v": 1, "sealed": [{"group": "correction", "key": part.key, "sid": part.sid}]}
+    value |= changes
+    cipher = record_key(epoch.key, secret, key_info(key_id, value["account_id"]))
+    head = aad_head(stored.stream, key_id.owner, value["account_id"], "correction")
+    envelope = orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
+    box = seal_box(cipher, head, part.sid.encode(), key_frame(part.key), envelope, orjson.dumps(fields), os.urandom(28))
+    value["sealed"][0]["box"] = box.decode()
+    message = Message(stored.timestamp_ms, None, stored.headers, orjson.dumps(value, option=orjson.OPT_SORT_KEYS))
+    return Output(stored.stream, stored.partition, [message])
+
+
+def corrected(place, *corrections, **changes):
+    """Correct PERSON's call, and return its place."""
+
+    async def inside(deployment):
+        call = next(one for one in await everything(deployment.log, "cdr.pii") if one.value.count(b'"box"') == 2)
+        for fields in corrections:
+            at = (await deployment.log.end_offsets("cdr.pii"))[call.partition]
+            await deployment.log.append([correct(deployment, call, fields, **changes)])
+            deployment.store.ledger.add_correction("cdr.pii", call.partition, call.offset, at)
+        return call.partition, call.offset
+
+    return place.within(inside)
+
+
+def test_corrections_are_shown_beside_the_record_which_is_as_it_was(full):
+    place = corrected(full, {"location": "Leeds"}, {"location": "York"})
+    shown = {(line["partition"], line["offset"]): line for line in full.tail("cdr.pii", "--reveal", "--reason", "X")}
+    call = shown[place]["reveal"]
+    assert call["fields"]["record_id"] == "v1"
+    assert "location" not in call["fields"]
+    assert call["corrections"] == [{"location": "Leeds"}, {"location": "York"}]
+    # a correction is a record too, and says whose it is
+    of_them = [line for line in shown.values() if line["value"].get("corrects") == place[1]]
+    assert [line["reveal"]["fields"] for line in of_them] == [{"location": "Leeds"}, {"location": "York"}]
+    assert sum("corrections" in line["reveal"] for line in shown.values()) == 1
+
+
+def test_the_corrections_of_a_record_are_noted_with_it(full):
+    partition, offset = corrected(full, {"location": "Leeds"})
+
+    def only_it(messages):
+        return [one for one in messages if (one.partition, one.offset) == (partition, offset)]
+
+    (result,) = opened(full, "cdr.pii", change=only_it)
+    assert result.corrections == ({"location": "Leeds"},)
+    noted = [place for entry in full.values("audit") for place in entry["records"]]
+    correction = next(line for line in full.tail("cdr.pii") if line["value"].get("corrects") == offset)
+    assert noted == [[partition, offset], [partition, correction["offset"]]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "state"), [({"corrects": 999}, "corrupt"), ({"account_id": "zeta"}, "corrupt"), ({}, "revealed")]
+)
+def test_a_correction_that_does_not_open_says_so_and_the_record_still_shows(full, changes, state):
+    place = corrected(full, {"location": "Leeds"}, **changes)
+    (line,) = (
+        one for one in full.tail("cdr.pii", "--reveal", "--reason", "X") if (one["partition"], one["offset"]) == place
+    )
+    assert line["reveal"]["state"] == "revealed"
+    assert line["reveal"]["fields"]["record_id"] == "v1"
+    assert line["reveal"]["corrections"] == [{"location": "Leeds"} if state == "revealed" else {"not_opened": state}]
+
+
+def test_a_correction_that_is_not_there_any_more_says_so_too(full):
+    async def inside(deployment):
+        call = next(one for one in await everything(deployment.log, "cdr.pii") if one.value.count(b'"box"') == 2)
+        deployment.store.ledger.add_correction("cdr.pii", call.partition, call.offset, 10_000)
+
+    full.within(inside)
+    (result,) = (one for one in opened(full, "cdr.pii") if one.corrections)
+    assert result.corrections == ({"not_opened": "corrupt"},)
+    assert result.state is State.REVEALED
+
+
+def test_a_correction_dies_with_its_person(full):
+    corrected(full, {"location": "Leeds"})
+
+    def destroy(deployment):
+        deployment.store.destroy_persons(PLATFORM, [token(deployment, PERSON)])
+
+    results = opened(full, "cdr.pii", before=destroy)
+    assert sorted(states(results)) == ["destroyed", "destroyed", "revealed"]
+    assert "Leeds" not in str([one.fields for one in results] + [one.corrections for one in results])
+
+
 # --- the egress gateway's call -----------------------------------------------------------------------------------
 
 
-def batch(place, *, clock=None, who=DPO, stream="cleared"):
+def batch(place, *, clock=None, who=DPO, stream="cleared", before=None):
     async def inside(deployment):
+        if before is not None:
+            before(deployment)
         messages = await everything(deployment.log, stream)
-        revealer = Revealer(deployment.log, deployment.store, deployment.planner, who, *([clock] if clock else []))
-        return await revealer.open_batch(messages)
+        return await revealer(deployment, who, clock or time.time).open_batch(messages)
 
     return place.within(inside)
 
@@ -611,6 +791,43 @@ def test_while_the_suppressions_cannot_be_read_nothing_is_opened(full, monkeypat
         batch(full)
     monkeypatch.undo()
     assert full.ends("audit") == 0
+
+
+def test_while_the_token_key_changes_nothing_is_sent_and_afterwards_opt_outs_count_again(full):
+    async def inside(deployment):
+        messages, store = await everything(deployment.log, "cleared"), deployment.store
+        gateway = revealer(deployment)
+        # Given a gateway that has sent before
+        assert states(await gateway.open_batch(messages)) == ["revealed"]
+        # When the token key is rotated
+        store.add_token_key()
+        store.hold_tokens()
+        with pytest.raises(TokensChange):
+            await gateway.open_batch(messages)
+        store.switch_tokens()
+        # Then it goes on with the new one
+        assert states(await gateway.open_batch(messages)) == ["revealed"]
+
+    full.within(inside)
+    assert full.call("optout", "add", PERSON).status == 0
+    (result,) = batch(full)
+    assert result.reason == "opted_out"
+
+
+def test_an_opt_out_under_a_token_key_that_is_new_since_the_last_batch_is_seen(full):
+    async def inside(deployment):
+        messages, store = await everything(deployment.log, "cleared"), deployment.store
+        gateway = revealer(deployment)
+        assert states(await gateway.open_batch(messages)) == ["revealed"]
+        store.add_token_key()
+        store.hold_tokens()
+        store.switch_tokens()
+        done = await asyncio.to_thread(full.run, "optout", "add", PERSON)
+        assert done.status == 0, done.err
+        return await gateway.open_batch(messages)
+
+    (result,) = full.within(inside)
+    assert (result.state, result.reason) == (State.DENIED, "opted_out")
 
 
 def test_what_was_opened_shows_nothing_of_itself(full):

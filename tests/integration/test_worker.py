@@ -36,8 +36,8 @@ STOPS_IN_COMMIT = """
 import os, signal
 from streams.keys.cache import KeyCache
 guard = KeyCache.guard
-def late(self):
-    check = guard(self)
+def late(self, *margin):
+    check = guard(self, *margin)
     def stopped():
         os.kill(os.getpid(), signal.SIGSTOP)
         KeyCache.guard = guard

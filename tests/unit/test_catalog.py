@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from processors.plan import Planner
-from schemas.catalog import BOOKMARKED, CATALOG, INPUTS, ROLES, TRAFFIC, WATCHER, Domain
+from schemas.catalog import BOOKMARKED, CATALOG, CUT, CUTTER, INPUTS, ROLES, TRAFFIC, WATCHER, Domain
 from schemas.errors import InputInvalid
 from schemas.policy import parse_policy
 from streams.config import Kafka, packs_available
@@ -109,6 +109,13 @@ def test_nobody_but_workers_reads_what_is_clear():
 def test_nobody_but_the_privacy_officer_reads_both_the_anonymous_record_and_its_twin():
     both = set(CATALOG["cdr.anonymous"].readers) & set(CATALOG["cdr.pii"].readers)
     assert both == {"dpo"}
+
+
+def test_whoever_cuts_reads_what_it_cuts_and_nothing_that_is_kept_apart_from_it():
+    follows = {row.name for row in ROWS if CUTTER in row.followers}
+    assert set(CUT) < follows
+    assert not follows & {"cdr.anonymous", "billing.deltas", "verdicts", *INPUTS}
+    assert not {"audit", "suppressions"} & set(CUT)
 
 
 def test_billing_reads_nothing_sealed():
@@ -261,7 +268,8 @@ def test_rights_on_streams_are_those_of_the_table():
         for role in ROLES:
             assert ((role, "READ") in rights) == (role in (*row.readers, *row.followers))
             assert ((role, "WRITE") in rights) == (role in row.writers)
-        others = {right for right in rights if right[1] not in ("READ", "WRITE")}
+        assert {role for role, kind in rights if kind == "DELETE"} == ({CUTTER} if row.name in CUT else set())
+        others = {right for right in rights if right[1] not in ("READ", "WRITE", "DELETE")}
         assert others <= {(role, kind) for role in ("worker", WATCHER) for kind in ("DESCRIBE", "DESCRIBE_CONFIGS")}
 
 
@@ -269,7 +277,7 @@ def test_every_right_bears_the_prefix_and_nobody_administers():
     for acl in wanted().acls:
         assert acl.name.startswith("eu.")
         assert acl.resource in ("TOPIC", "GROUP", "TRANSACTIONAL_ID")
-        assert acl.operation in ("READ", "WRITE", "DESCRIBE", "DESCRIBE_CONFIGS")
+        assert acl.operation in ("READ", "WRITE", "DESCRIBE", "DESCRIBE_CONFIGS", "DELETE")
 
 
 def test_who_watches_reads_and_writes_nothing():

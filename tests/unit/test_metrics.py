@@ -20,8 +20,8 @@ from schemas.errors import KeysBusy, KeysUnusable, Retriable, Unsealed
 from schemas.outbound import Message, Output
 from streams.log.protocol import Batch
 from streams.watch.http import Expected, Served, unready
-from streams.watch.metrics import DENIALS, TABLE, Metrics, documentation, served_registry
-from streams.watch.watch import Moment, Stages, Watch, Work, denied
+from streams.watch.metrics import DENIALS, TABLE, Known, Metrics, documentation, served_registry
+from streams.watch.watch import Moment, Overdue, Stages, Watch, Work, denied
 from streams.worker.selftest import _CLEAR, check_leaving
 from streams.worker.worker import unfit
 from tests.support.prometheus import programs
@@ -82,12 +82,14 @@ def test_no_label_can_hold_anything_of_a_record():
 
 
 def test_every_series_of_a_closed_set_is_there_before_anything_happens():
-    registry = CollectorRegistry()
+    registry, kept = CollectorRegistry(), CollectorRegistry()
     Metrics(registry)
+    kept.register(Known(1))
     for row in TABLE:
         for values in row.series:
             if row.kind == "counter" and row.labels != ("reason",):
-                assert value(registry, row.name, **dict(zip(row.labels, values, strict=True))) == 0
+                where = kept if row.name == "streamveil_retention_runs_total" else registry
+                assert value(where, row.name, **dict(zip(row.labels, values, strict=True))) == 0
 
 
 # --- what is counted ----------------------------------------------------------------------------------------------
@@ -206,7 +208,7 @@ def test_denied_openings_of_any_process_are_counted_in_every_run_at_work(tmp_pat
     folders = [tmp_path / "one", tmp_path / "two"]
     for folder in folders:
         folder.mkdir()
-    registries = [served_registry(folder, 1) for folder in folders]
+    registries = [served_registry(folder, Known(1)) for folder in folders]
     assert [value(registry, "streamveil_openings_denied_total", reason=reason) for registry in registries
             for reason in DENIALS] == [0] * 2 * len(DENIALS)  # fmt: skip
     # When several processes are denied at once
@@ -278,6 +280,28 @@ def test_a_worker_that_ended_counts_in_what_was_and_no_more_in_what_is(tmp_path)
     workers[0].communicate()
     served.ended(workers[0].pid)
     assert served.answer("/readyz")[2].split()[0] == b"workers"
+
+
+def test_retention_runs_are_counted_by_the_process_that_starts_them(tmp_path):
+    served = Served(tmp_path, Expected(1, 30.0))
+    for outcome in ("done", "done", "failed"):
+        served.retention_ran(outcome)
+    text = served.answer("/metrics")[2].decode()
+    found = re.findall(r'^streamveil_retention_runs_total\{outcome="(\w+)"\} (.+)$', text, re.MULTILINE)
+    assert found == [("done", "2.0"), ("partial", "0.0"), ("failed", "1.0")]
+
+
+def test_what_is_overdue_is_shown_and_where_nothing_is_due_the_time_of_the_look(monkeypatch):
+    registry, name = CollectorRegistry(), "streamveil_oldest_destruction_due_timestamp_seconds"
+    metrics = Metrics(registry)
+    metrics.overdue(Overdue(3, 1_000, 2, 40))
+    assert value(registry, name) == 1_000
+    assert value(registry, "streamveil_destructions_overdue") == 3
+    assert value(registry, "streamveil_requests_overdue") == 2
+    assert value(registry, "streamveil_keks") == 40
+    monkeypatch.setattr("streams.watch.metrics.time.time", lambda: 5_000.0)
+    metrics.overdue(Overdue(0, None, 0, 40))
+    assert value(registry, name) == 5_000
 
 
 # --- the look before the commit -----------------------------------------------------------------------------------
@@ -356,6 +380,7 @@ EXPECTED = Expected(workers=2, key_lease_s=30.0)
 def samples(**changes):
     """The samples of a deployment where all is well, with some of them changed; None: left out."""
     found = {"workers": 2.0, "registries_unfit": 0.0, "unsealed_values_total": 0.0,
+             "oldest_destruction_due_timestamp_seconds": NOW_S - 60,
              **{f"{moment}_timestamp_seconds": NOW_S - 1 for moment in Moment}}  # fmt: skip
     found |= changes
     return [Sample(f"streamveil_{name}", {}, number) for name, number in found.items() if number is not None]
@@ -372,6 +397,8 @@ UNREADY = [
     ({"registries_unfit": 1.0}, ["registries"]),
     ({"progress_timestamp_seconds": NOW_S - 61}, ["stuck"]),
     ({"unsealed_values_total": 1.0}, ["unsealed"]),
+    ({"oldest_destruction_due_timestamp_seconds": NOW_S - 3599}, []),
+    ({"oldest_destruction_due_timestamp_seconds": NOW_S - 3601}, ["retention"]),
     ({"workers": None, "progress_timestamp_seconds": None}, ["workers", "stuck"]),
 ]
 
@@ -383,7 +410,7 @@ def test_readiness_says_in_a_word_what_is_missing(changes, reasons):
 
 def test_every_reason_is_tested_and_stands_in_the_runbook():
     worst = samples(workers=0.0, registries_unfit=1.0, unsealed_values_total=1.0)
-    words = unready(worst, EXPECTED, NOW_S + 999)
+    words = unready(worst, EXPECTED, NOW_S + 9999)
     table = RUNBOOK.read_text().partition("| reason |")[2].partition("\n\n")[0]
     assert re.findall(r"^\| `(\w+)`", table, re.MULTILINE) == words
     assert {word for _, reasons in UNREADY for word in reasons} == set(words)

@@ -101,8 +101,8 @@ def test_records_of_nobody_known_still_have_tags():
 
 
 def test_a_class_without_a_rule_is_an_error():
-    with pytest.raises(PolicyInvalid, match="held"):
-        tags(a_policy(), "acme", "held", DAY)
+    with pytest.raises(PolicyInvalid, match="support"):
+        tags(a_policy(), "acme", "support", DAY)
 
 
 TAGS = Tags(

@@ -12,8 +12,10 @@ from processors.screen.suppression import (
     Tokens,
     covering_scopes,
     fold,
+    hidden,
     parse_key,
     record_key,
+    retokened,
     scope_id,
 )
 from tests.support.records import OTHER, PERSON, SEED, TOKENS
@@ -170,3 +172,42 @@ def test_a_campaign_that_is_no_code_is_named_by_its_token(campaign):
     assert named == scope_id("campaign", "acme", "", named.removeprefix("campaign:acme:"), tokens)
     assert named in covering_scopes("acme", "ACME", campaign, tokens)
     assert scope_id("campaign", "acme", "", "autumn-1", tokens) == "campaign:acme:autumn-1"
+
+
+# --- another token key --------------------------------------------------------------------------------------
+
+NEXT = Tokens(2, bytes(range(32)))
+
+
+@pytest.mark.parametrize(
+    ("scope", "sender", "campaign"),
+    [
+        ("platform", "ACME", "spring"),
+        ("account", "ACME", "spring"),
+        ("sender", "ACME", None),
+        ("sender", "+4915112345678", "spring"),
+        ("sender", "", None),
+        ("campaign", "ACME", "spring"),
+        ("campaign", "ACME", "spring sale: 50 %"),
+        ("campaign", "ACME", "~" + "0" * 32),
+        ("campaign", "ACME", "~" + "0" * 31),
+    ],
+)
+def test_a_scope_is_the_same_under_another_token_key_if_what_it_hides_is_known(scope, sender, campaign):
+    full = scope_id(scope, "acme", sender, campaign, TOKENS)
+    named = hidden(full, sender, campaign)
+    assert retokened(full, named, NEXT) == (scope_id(scope, "acme", sender, campaign, NEXT), False)
+
+
+def test_only_what_a_scope_names_by_its_token_is_hidden():
+    assert hidden("platform", "ACME", "spring") is None
+    assert hidden("account:acme", "ACME", "spring") is None
+    assert hidden("campaign:acme:spring", "ACME", "spring") is None
+    assert hidden(f"sender:acme:{'0' * 32}", "ACME", "spring") == "ACME"
+    assert hidden(f"campaign:acme:~{'0' * 32}", "ACME", "a b") == "a b"
+
+
+@pytest.mark.parametrize("kind", ["sender", "campaign"])
+def test_a_scope_gets_wider_where_what_it_hides_is_not_known(kind):
+    full = scope_id(kind, "acme", "ACME", "a b", TOKENS)
+    assert retokened(full, None, NEXT) == ("account:acme", True)

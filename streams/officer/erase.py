@@ -1,0 +1,93 @@
+"""Erasure: a person's secrets of one owner are destroyed, and nothing sealed before opens any more (CAL-6, REG-1).
+
+Rules of this file:
+- What is destroyed is in `audit` before it is, by sid; an erasure that was killed is finished by running it again.
+- It is effective when it is acknowledged: by then no process alive can commit what it sealed under a destroyed secret
+  (the lease protocol), and whatever was under way in the log has come to its end. What is committed later is sealed
+  under a new secret and opens.
+- Opt-outs stand (INF-8). A legal hold stands in the way (INF-7).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from schemas.errors import UnderHold
+from schemas.fields import PLATFORM
+from streams.keys.ledger import Request
+from streams.officer.holds import Advance, standing_in_the_way
+from streams.officer.leases import drained
+from streams.officer.office import ROLE, Office, Person
+from streams.officer.requests import DONE, UNDER_HOLD, case, note
+
+
+class Erased(NamedTuple):
+    """An erasure that is done.
+
+    `secrets`: how many were destroyed, one per month of communication. `request`: the request as it was kept, with
+    the accounts to be told (INF-9). `backups_until_s`: until then at most (Unix s) a copy of the key store made before
+    can open it, together with the key management service; None: nothing was destroyed that one could open.
+    """
+
+    owner: str
+    secrets: int
+    sequence: int
+    request: Request
+    backups_until_s: int | None
+
+
+async def erase(
+    office: Office,
+    number: str,
+    account: str | None,
+    reason: str,
+    received_s: int,
+    on_wait: Callable[[list[str]], None],
+    advance: Advance,
+) -> Erased:
+    """Destroy what seals a person's data of the platform, or of an account, and return once that is in effect.
+
+    Idempotent; nobody that is known: nothing destroyed. `received_s`: when it was asked for, Unix s. `on_wait` is told
+    the processes waited for: each at most for its key lease. `advance` is told of records looked at, if there are holds
+    of accounts. Blocks. Raises UnderHold, naming the hold, and InputInvalid; and Retriable errors: not acknowledged
+    then, run it again.
+    """
+    owner = account or PLATFORM
+    person = office.person(number, account)
+    case(reason, person)
+    notify = accounts_of(office, person) if account is None else []
+    hold = await standing_in_the_way(office, person, owner, advance)
+    if hold is not None:
+        request = note(office, "erase", owner, reason, received_s, notify, UNDER_HOLD)
+        raise UnderHold(
+            f"under legal hold {hold.id}, case {hold.reason}: nothing was erased; request {request.id} stays open",
+        )
+    store, auditor = office.deployment.store, office.auditor
+    known = office.sids(person, owner)
+    await auditor.write("erase", role=ROLE, reason=reason, owner=owner, destroyed={"sids": sorted(known), "epochs": []})
+    gone: set[str] = set()
+    while True:
+        destroyed = store.destroy_persons(owner, person.tokens)
+        gone.update(destroyed.sids)
+        await drained(store, destroyed.sequence, on_wait=on_wait)
+        again = office.person(number, account)
+        if again.tokens == person.tokens:
+            break
+        person = again  # a rotation of the token key came between
+    await auditor.write(
+        "erased",
+        role=ROLE,
+        reason=reason,
+        owner=owner,
+        sequence=destroyed.sequence,
+        destroyed={"sids": sorted(gone - set(known)), "epochs": []},
+    )
+    request = note(office, "erase", owner, reason, received_s, notify, DONE)
+    days = {one.day for one in known.values()}
+    stale = [at_s for day, at_s in store.stale_days().items() if day in days]
+    until_s = max(stale) + office.deployment.config.rewrap_s + store.kms.waiting_period_s if stale else None
+    return Erased(owner, len(gone), destroyed.sequence, request, until_s)
+
+
+def accounts_of(office: Office, person: Person) -> list[str]:
+    """Return the accounts that have data of a person, in order (INF-9). Blocks on the key store."""
+    return sorted({known.owner for known in office.sids(person).values()} - {PLATFORM})

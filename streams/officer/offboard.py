@@ -1,0 +1,153 @@
+"""Offboarding of an account whose agreement has ended (CAL-7): its keys die on schedule, by its own hand and owner.
+
+Rules of this file:
+- What is sealed for the account is keyed by it: content and near misses die at the termination; whatever else is keyed
+  by it (transit, personal CDRs where the platform is its processor) and its secrets of people, which say with whom it
+  spoke, `NUMBERS_KEPT_DAYS` days later.
+- What the platform controls stays to its own instant (INF-4, INF-5): it is no data of the account.
+- The schedule stays until it is cancelled: what is sealed for the account later, such as a late CDR, dies at the next
+  look.
+- Whatever is destroyed stands in `audit` before; what a legal hold covers is kept before that.
+"""
+
+from typing import Final, NamedTuple
+
+from processors.keyring import EpochRef
+from processors.retention import DAY_S, instant
+from schemas.catalog import Domain
+from schemas.errors import InputInvalid
+from schemas.fields import PLATFORM, is_account
+from streams.deployment import Deployment
+from streams.officer import holds
+
+NUMBERS_KEPT_DAYS: Final = 20
+"""Days from termination to the end of number-related data (CAL-7)."""
+AT_ONCE: Final = frozenset({Domain.CONTENT.value, Domain.REVIEW.value})
+"""Domains of customer data that end with the agreement."""
+_SCHEDULE: Final = "offboard/"
+_FINISHED: Final = "offboarded/"
+"""All people's secrets of an account were looked through: again only once there are keys of it again."""
+_CANCELLED: Final = 0
+_BATCH: Final = 1000
+
+
+class Leaving(NamedTuple):
+    """An account on its way out: when the agreement ends or ended, and when the last of its keys dies; Unix s."""
+
+    account: str
+    terminated_s: int
+
+    @property
+    def numbers_die_s(self) -> int:
+        """When number-related data dies."""
+        return self.terminated_s + NUMBERS_KEPT_DAYS * DAY_S
+
+    def as_json(self) -> dict[str, str]:
+        """Return it as one JSON object."""
+        return {
+            "account": self.account,
+            "terminated_at": instant(self.terminated_s),
+            "numbers_die_at": instant(self.numbers_die_s),
+        }
+
+
+class Offboarded(NamedTuple):
+    """What `offboard` came to: the schedule, and what was destroyed at once: epochs, and secrets of people."""
+
+    leaving: Leaving
+    epochs: int
+    persons: int
+
+
+async def offboard(
+    deployment: Deployment, account: str, terminated_s: int, now_s: int, *, dry: bool = False
+) -> Offboarded:
+    """Schedule the end of an account's keys, in place of an earlier schedule, and do at once what is due. Audited.
+
+    `dry`: only say what would be destroyed (of people's secrets, whether there are any).
+
+    What a legal hold covers is kept first; if that cannot be done, that error is raised and nothing is destroyed, but
+    the schedule stands. Blocks. Raises InputInvalid for what cannot be an account, or no time of a termination.
+    """
+    _check(account)
+    if terminated_s <= 0:
+        raise InputInvalid("the time of the termination is before any agreement")
+    leaving = Leaving(account, terminated_s)
+    if dry:
+        return Offboarded(leaving, *(await _destroy(deployment, leaving, now_s, dry=True)))
+    await deployment.auditor().write(
+        "offboard",
+        account=account,
+        terminated_at=instant(terminated_s),
+        numbers_die_at=instant(leaving.numbers_die_s),
+        clause="CAL-7",
+    )
+    deployment.store.ledger.set_progress(_SCHEDULE + account, terminated_s)
+    if terminated_s <= now_s:
+        await holds.preserve(deployment, now_s=now_s)
+    return Offboarded(leaving, *await _destroy(deployment, leaving, now_s, dry=False))
+
+
+async def cancel(deployment: Deployment, account: str) -> bool:
+    """End an account's schedule, for it stays or has come back; return whether there was one. Audited. Blocks.
+
+    What was destroyed stays so, and an epoch that is dead is not sealed under again: content of a day that died is not
+    stored, and comes back with the next day.
+    """
+    _check(account)
+    if not any(leaving.account == account for leaving in schedule(deployment)):
+        return False
+    await deployment.auditor().write("offboard", account=account, terminated_at=None, clause="CAL-7")
+    deployment.store.ledger.set_progress(_SCHEDULE + account, _CANCELLED)
+    return True
+
+
+def _check(account: str) -> None:
+    if account == PLATFORM or not is_account(account):
+        raise InputInvalid("the account is not a name that an account can have")
+
+
+def schedule(deployment: Deployment) -> list[Leaving]:
+    """Return the accounts that were offboarded or will be, soonest first. Blocks."""
+    found = deployment.store.ledger.progresses(_SCHEDULE)
+    leaving = [Leaving(name.removeprefix(_SCHEDULE), at_s) for name, at_s in found.items() if at_s != _CANCELLED]
+    return sorted(leaving, key=lambda one: (one.terminated_s, one.account))
+
+
+async def due(deployment: Deployment, now_s: int, *, dry: bool) -> tuple[str, ...]:
+    """Destroy what is due of accounts that left, or with `dry` only look; return the accounts that had any. Blocks.
+
+    Holds are the caller's to keep first.
+    """
+    found = schedule(deployment)
+    return tuple([one.account for one in found if any(await _destroy(deployment, one, now_s, dry=dry))])
+
+
+async def _destroy(deployment: Deployment, leaving: Leaving, now_s: int, *, dry: bool) -> tuple[int, int]:
+    """Destroy what is due of one account; return how many epochs and secrets of people."""
+    if leaving.terminated_s > now_s:
+        return 0, 0
+    store, auditor = deployment.store, deployment.auditor()
+    everything = leaving.numbers_die_s <= now_s
+    refs = [
+        EpochRef(key.domain, key.owner, key.epoch)
+        for key in store.status(now_s)
+        if key.owner == leaving.account and key.state != "destroyed" and (everything or key.domain in AT_ONCE)
+    ]
+    name = _FINISHED + leaving.account
+    look = everything and (bool(refs) or store.ledger.progress(name) != leaving.terminated_s)
+    if dry:
+        return len(refs), len(next(iter(store.sids_of(leaving.account)), ())) if look else 0
+    for at in range(0, len(refs), _BATCH):
+        named = ["/".join(ref) for ref in refs[at : at + _BATCH]]
+        await auditor.write("destroy", destroyed={"epochs": named}, why="offboarded", account=leaving.account)
+        for ref in refs[at : at + _BATCH]:
+            store.destroy_epoch(ref)
+    persons = 0
+    for sids in store.sids_of(leaving.account) if look else ():
+        await auditor.write("destroy", destroyed={"sids": sids}, why="offboarded", account=leaving.account)
+        store.destroy_sids(sids)
+        persons += len(sids)
+    if look:
+        store.ledger.set_progress(name, leaving.terminated_s)
+    return len(refs), persons

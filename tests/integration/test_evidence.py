@@ -1,0 +1,546 @@
+"""Evidence reports on real files: what they hold, whom they name (nobody), and what `verify` finds in those that lie."""
+
+import asyncio
+import json
+import os
+import re
+import shutil
+import stat
+import time
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from schemas.errors import InputInvalid
+from schemas.fields import normalise
+from streams.keys.ledger import Mark, Request
+from streams.officer import evidence
+from streams.officer.office import office
+from streams.officer.verify import FILES, MANIFEST, verify
+from tests.support.audit import Forger, edit_audit
+from tests.support.commands import SHORT_LEASE, Place, ago, one_line
+from tests.support.records import OTHER, PERSON, sms_cdr, sms_request, voice_cdr
+
+TOMORROW = (datetime.now(UTC) + timedelta(days=1)).strftime("%Y-%m-%d")
+LAST_WEEK = (datetime.now(UTC) - timedelta(days=7)).strftime("%Y-%m-%d")
+DAY_S = 86_400
+
+
+@pytest.fixture
+def place(tmp_path):
+    made = Place(tmp_path, **SHORT_LEASE)
+    made.publish(
+        voice_cdr(record_id="v1", recipient=PERSON, sender=OTHER, occurred_at=ago()),
+        sms_cdr(record_id="s1", recipient=PERSON, occurred_at=ago()),
+        sms_request(record_id="q1", recipient=PERSON, occurred_at=ago()),
+    )
+    assert made.work() == 3
+    for case in ("CASE-1", "CASE-2"):
+        made.tail("cdr.pii", "--reveal", "--reason", case)
+    yield made
+    made.close()
+
+
+def report(place, name="evidence", since=LAST_WEEK, until=TOMORROW):
+    """Return the folder of a new report."""
+    folder = place.folder / name
+    done = place.call("evidence", "report", "--from", since, "--to", until, "--out", folder)
+    assert done.status == 0, done.err
+    return folder
+
+
+def key_of(place):
+    done = place.call("evidence", "key")
+    assert done.status == 0, done.err
+    path = place.folder / "key.pem"
+    path.write_text(done.out)
+    return path
+
+
+def wrong(folder, *more):
+    """Return what `verify` finds, by check, of those that failed."""
+    return {check.what: check.findings for check in verify(folder, *more) if not check.passed}
+
+
+def read(folder, name):
+    return json.loads((folder / name).read_text())
+
+
+def lines(folder, name):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+# --- what a report holds -----------------------------------------------------------------------------------------
+
+
+def test_a_report_of_an_untouched_deployment_verifies_with_its_key_and_nothing_else(place):
+    folder, key = report(place), key_of(place)
+    done = place.call("evidence", "verify", folder, "--key", key)
+    assert done.status == 0
+    assert all(line.startswith("ok  ") for line in done.out.splitlines())
+    assert len(done.out.splitlines()) == 7
+    checks = [json.loads(line) for line in place.call("evidence", "verify", folder, "--json").out.splitlines()]
+    assert all(check["passed"] and check["findings"] == [] for check in checks)
+
+
+def test_verify_needs_no_configuration_no_store_and_no_log(place, tmp_path):
+    folder, key = report(place), key_of(place)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.move(folder, elsewhere / "report")
+    shutil.move(key, elsewhere / "key.pem")
+    shutil.rmtree(place.data)
+    shutil.rmtree(place.folder / "streamveil-kms")
+    place.config.unlink()
+    done = place.run("evidence", "verify", elsewhere / "report", "--key", elsewhere / "key.pem")
+    assert (done.status, done.err) == (0, "")
+    assert not place.data.exists()
+
+
+def test_a_report_is_for_the_owner_of_the_folder_alone_and_never_overwrites_one(place):
+    folder = report(place)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o600}
+    assert {path.name for path in folder.iterdir()} == {MANIFEST, *FILES}
+    before = (folder / MANIFEST).read_bytes()
+    done = place.call("evidence", "report", "--from", LAST_WEEK, "--to", TOMORROW, "--out", folder)
+    assert "is there already" in one_line(done)
+    assert (folder / MANIFEST).read_bytes() == before
+
+
+def test_by_default_the_folder_is_named_by_the_window(place, monkeypatch):
+    monkeypatch.chdir(place.folder)
+    done = place.call("evidence", "report", "--from", LAST_WEEK, "--to", TOMORROW, "--json")
+    assert done.lines[0]["folder"] == f"evidence-{LAST_WEEK}-{TOMORROW}"
+    assert done.lines[0]["exceptions"] == {}
+    assert wrong(place.folder / f"evidence-{LAST_WEEK}-{TOMORROW}") == {}
+
+
+def test_a_report_that_fails_leaves_nothing_behind(place, monkeypatch):
+    def fails(_):
+        raise InputInvalid("no page")
+
+    monkeypatch.setattr(evidence, "page", fails)
+    before = sorted(os.listdir(place.folder))
+    done = place.call("evidence", "report", "--from", LAST_WEEK, "--to", TOMORROW, "--out", place.folder / "x")
+    one_line(done)
+    assert sorted(os.listdir(place.folder)) == before
+
+
+@pytest.mark.parametrize("window", [(TOMORROW, LAST_WEEK), (LAST_WEEK, LAST_WEEK), (TOMORROW, "2099-01-01")])
+def test_a_window_that_holds_nothing_is_refused(place, window):
+    since, until = window
+    done = place.call("evidence", "report", "--from", since, "--to", until, "--out", place.folder / "x")
+    assert "--from must be before --to" in one_line(done)
+
+
+def test_only_the_privacy_officer_gets_a_report(place):
+    place.configure(roles="roles.toml", **SHORT_LEASE)
+    (place.folder / "roles.toml").write_text('[[grant]]\nuser = "somebody"\nrole = "support"\naccounts = ["*"]\n')
+    ends = place.ends("audit")
+    done = place.call("evidence", "report", "--from", LAST_WEEK, "--to", TOMORROW, "--out", place.folder / "x")
+    assert "only the privacy officer" in one_line(done)
+    assert not (place.folder / "x").exists()
+    assert place.ends("audit") == ends
+
+
+def test_the_entries_are_in_it_byte_for_byte_and_the_report_is_one_of_them(place):
+    folder = report(place)
+    stored = {(one.partition, one.offset): one.value for one in place.stored("audit")}
+    found = {}
+    for line in (folder / "audit.ndjson").read_bytes().splitlines():
+        match = re.fullmatch(rb'\{"partition":(\d+),"offset":(\d+),"entry":(.*)\}', line)
+        found[int(match[1]), int(match[2])] = match[3]
+    assert found.items() <= stored.items()
+    left = [json.loads(value)["action"] for place_, value in stored.items() if place_ not in found]
+    assert left == ["checkpoint"]  # which covers the others
+    assert "evidence" in {json.loads(value)["action"] for value in found.values()}
+
+
+def test_what_was_opened_is_counted_by_role_and_stream(place):
+    summary = read(report(place), "reveals.json")
+    (row,) = summary["reveals"]
+    assert (row["action"], row["role"], row["stream"], row["denied"]) == ("reveal", "dpo", "cdr.pii", 0)
+    assert row["records"] == 4
+    assert summary["actions"] == {"evidence": 1, "reveal": row["entries"]}
+    assert sum(summary["policies"].values()) == row["entries"] + 1
+
+
+def test_what_was_destroyed_is_listed_with_its_reason(place):
+    async def destroy(deployment):
+        sids = ["ab" * 16]
+        destroyed = {"sids": sids, "epochs": ["pii/platform/2020-01"]}
+        await deployment.auditor().write("erase", role="dpo", reason="CASE-3", destroyed=destroyed)
+        await deployment.auditor().write("retention", counts={"epochs": 1})
+
+    place.within(destroy)
+    folder = report(place)
+    (line,) = lines(folder, "destructions.ndjson")
+    assert line["destroyed"] == {"sids": ["ab" * 16], "epochs": ["pii/platform/2020-01"]}
+    assert (line["action"], line["reason"]) == ("erase", "CASE-3")
+    (run,) = lines(folder, "retention.ndjson")
+    assert run["counts"] == {"epochs": 1}
+
+
+def test_requests_holds_keys_and_policy_are_in_it_and_what_is_overdue_is_an_exception(place):
+    now_s = int(time.time())
+
+    async def note(deployment):
+        ledger = deployment.store.ledger
+        late = Request(
+            "aa" * 16,
+            "erase",
+            "platform",
+            "CASE-5",
+            now_s - 20 * DAY_S,
+            now_s - 19 * DAY_S,
+            now_s - 5 * DAY_S,
+            {"acme": None},
+        )
+        held = Request(
+            "bb" * 16, "erase", "platform", "CASE-6", now_s, now_s + DAY_S, now_s + 15 * DAY_S, {}, None, "refused:held"
+        )
+        before = Request(
+            "cc" * 16, "access", "platform", "CASE-7", now_s - 90 * DAY_S, now_s, now_s, {}, now_s - 60 * DAY_S, "done"
+        )
+        for request in (late, held, before):
+            ledger.put_request(request)
+        token = deployment.tokens.of(normalise(PERSON).value)
+        ledger.add_mark(Mark("dd" * 16, "hold", "platform", (token,), "CASE-8", now_s), PERSON)
+
+    place.within(note)
+    done = place.call("evidence", "report", "--from", LAST_WEEK, "--to", TOMORROW, "--out", place.folder / "x")
+    assert "requests_overdue: 1" in done.err
+    folder = place.folder / "x"
+    assert [(one["id"], one["overdue"]) for one in read(folder, "requests.json")] == [
+        ("aa" * 16, True), ("bb" * 16, False)
+    ]  # fmt: skip
+    exceptions = read(folder, "exceptions.json")
+    assert [one["id"] for one in exceptions["requests_overdue"]] == ["aa" * 16]
+    assert [one["id"] for one in exceptions["requests_refused"]] == ["bb" * 16]
+    (hold,) = read(folder, "holds.json")
+    assert (hold["id"], hold["case"], hold["ended"]) == ("dd" * 16, "CASE-8", None)
+    assert {"pii", "content"} <= {one["domain"] for one in lines(folder, "keys.ndjson")}
+    assert (folder / "policy.toml").read_bytes() == (
+        next(
+            path for path in (place.folder.cwd() / "schemas/policies").iterdir() if path.name == "default.toml"
+        ).read_bytes()
+    )
+    assert wrong(folder) == {}
+
+
+def test_a_report_names_nobody(place):
+    place.call("optout", "add", PERSON, "--reason", "CASE-9")
+    folder = report(place)
+    content = b"".join(path.read_bytes() for path in folder.iterdir())
+    for number in (PERSON, OTHER):
+        assert number[1:].encode() not in content
+        token = place.within(lambda deployment, one=number: _token(deployment, one))
+        assert token.hex().encode() not in content
+    assert b"Your parcel" not in content
+
+
+async def _token(deployment, number):
+    return deployment.tokens.of(normalise(number).value)
+
+
+def test_the_page_shows_without_network_script_or_cookie(place):
+    page = (report(place) / "report.html").read_text()
+    assert "default-src 'none'" in page
+    assert not re.search(r"<script|<img|<link|<iframe|https?://|url\(|cookie|on[a-z]+=", page)
+    assert "Exceptions: none" in page
+    assert "cdr.pii" in page
+
+
+def test_what_stands_in_the_page_is_escaped():
+    from streams.officer.report_page import page
+
+    empty = {"reveals": [{"a": "<script>x"}], "actions": {"<b>": 1}}
+    shown = {
+        "window": ("a", "b"), "made_at": "c", "store": "d", "key": "e", "entries": 1, "checkpoints": 1, "keys": {},
+        "policy": {"in_force": {"name": "<i>", "revision": 1}, "sha256": "f"}, "summary": empty,
+        "requests": [{"id": "<u>"}], "holds": [], "exceptions": {"chains": [{"code": "<s>"}]},
+    }  # fmt: skip
+    text = page(shown)
+    assert not re.search(r"<(script|b|i|u|s)>", text)
+    assert 'class="wrong">Exceptions: 1' in text
+
+
+def test_a_window_of_the_past_holds_the_entries_of_that_time_and_what_covers_them(place, monkeypatch):
+    """Reports of one month after the other, with checkpoints in between."""
+    begin_s = int(time.time()) - 40 * DAY_S
+    clock = [begin_s]
+    monkeypatch.setattr(evidence.time, "time", lambda: clock[0])
+
+    async def write(deployment, name):
+        auditor = evidence_auditor(deployment, lambda: clock[0])
+        await auditor.write(name, reason="CASE-1")
+        await evidence.checkpoint(deployment)
+
+    edit_audit(place, lambda _: [])  # what the fixture opened is of today
+    place.within(_forget_heads)
+    for day in range(40):
+        clock[0] = begin_s + day * DAY_S
+        place.within(lambda deployment, day=day: write(deployment, f"day-{day}"))
+
+    async def make(deployment):
+        desk = office(deployment)
+        return await evidence.report(desk, begin_s + 10 * DAY_S - 60, begin_s + 12 * DAY_S - 60, place.folder / "past")
+
+    made = place.within(make)
+    actions = read(made.folder, "reveals.json")["actions"]
+    assert {"day-10", "day-11"} <= set(actions)
+    assert not {"day-9", "day-12"} & set(actions)
+    kept = {json.loads(line)["entry"]["action"] for line in (made.folder / "audit.ndjson").read_text().splitlines()}
+    assert "day-3" not in kept
+    assert "day-20" not in kept
+    assert wrong(made.folder) == {}
+    assert len(lines(made.folder, "checkpoints.ndjson")) < 8
+
+
+def evidence_auditor(deployment, clock):
+    from streams.keys.audit import Auditor
+
+    return Auditor(deployment.log, deployment.store.ledger, deployment.planner, "ana", clock)
+
+
+async def _forget_heads(deployment):
+    for head in deployment.store.ledger.heads():
+        deployment.store.ledger.drop_head(head.writer, head.seq)
+
+
+# --- changed by somebody without the key -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [MANIFEST, *FILES])
+def test_one_changed_byte_in_any_file_is_found(place, name):
+    folder = report(place)
+    path = folder / name
+    content = path.read_bytes()
+    spots = range(0, len(content), max(1, len(content) // 40))
+    for at in [*spots, len(content) - 1]:
+        if not content:
+            continue
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        try:
+            assert wrong(folder), (name, at)
+        except InputInvalid:
+            assert name in (MANIFEST, "key.pem")
+    path.write_bytes(content + b"\n")
+    assert name == "key.pem" or wrong(folder)
+    path.write_bytes(content)
+    assert wrong(folder) == {}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_is_found_and_one_that_was_put_in(place, name):
+    folder = report(place)
+    key = key_of(place)
+    (folder / name).rename(place.folder / "aside")
+    assert any("were signed" in what for what in wrong(folder, key))
+    (place.folder / "aside").rename(folder / name)
+    (folder / "more.txt").write_text("x")
+    assert any("not listed" in found for all_ in wrong(folder, key).values() for found in all_)
+
+
+def test_what_is_no_plain_file_is_not_read(place):
+    folder, key = report(place), key_of(place)
+    for make in (os.mkfifo, os.mkdir, lambda path: os.symlink("/etc/passwd", path)):
+        path = folder / "audit.ndjson"
+        path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+        make(path)
+        assert wrong(folder, key)
+
+
+def test_another_key_does_not_verify(place, tmp_path):
+    folder = report(place)
+    (tmp_path / "other").mkdir()
+    other = Place(tmp_path / "other", **SHORT_LEASE)
+    other.work()
+    found = wrong(folder, key_of(other))
+    assert any("not signed by this key" in one for all_ in found.values() for one in all_)
+    assert place.call("evidence", "verify", folder, "--key", key_of(other)).status == 1
+
+
+@pytest.mark.parametrize("words", [("verify", "nowhere"), ("verify", ".")])
+def test_what_is_no_report_is_one_line(place, words):
+    one_line(place.run("evidence", *words))
+
+
+# --- made by somebody who has the key ----------------------------------------------------------------------------
+
+
+FORGERIES = {
+    "an entry removed": lambda found: found[:1] + found[2:],
+    "the first entry removed": lambda found: found[1:],
+    "the last entry removed": lambda found: found[:-1],
+    "two entries the other way round": lambda found: [found[1], found[0], *found[2:]],
+    "an entry twice": lambda found: [found[0], *found],
+    "an entry twice, with a difference": lambda found: [found[0], found[0].replace(b"CASE-1", b"CASE-0"), *found[1:]],
+    "an entry changed": lambda found: [found[0].replace(b"CASE-1", b"CASE-0"), *found[1:]],
+    "an entry put in": lambda found: [*found, re.sub(rb'"writer":"[0-9a-f]*"', b'"writer":"' + b"ab" * 16 + b'"', found[0])],
+    "no entries at all": lambda _: [],
+    "no JSON": lambda found: [*found, b"\n"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+def test_a_signed_report_whose_entries_were_tampered_with_is_found(place, forgery):
+    folder = report(place)
+    forger = place.within(Forger.of)
+    content = (folder / "audit.ndjson").read_bytes()
+    forger.write(folder, "audit.ndjson", b"".join(FORGERIES[forgery](content.splitlines(keepends=True))))
+    found = wrong(folder, key_of(place))
+    assert found
+    assert not any("were signed" in what or "manifest" in what for what in found)  # for they are
+
+
+def test_a_signed_report_whose_figures_do_not_follow_from_its_entries_is_found(place):
+    folder = report(place)
+    forger = place.within(Forger.of)
+    summary = read(folder, "reveals.json")
+    summary["reveals"] = []
+    forger.write(folder, "reveals.json", json.dumps(summary).encode())
+    assert [what for what in wrong(folder)] == [
+        "what is said of reveals, destructions and retention follows from the entries"
+    ]
+
+
+def test_a_checkpoint_taken_out_of_a_signed_report_is_found(place):
+    for at in range(4):
+        place.tail("cdr.pii", "--reveal", "--reason", f"N-{at}")
+        place.within(evidence.checkpoint)
+    folder = report(place)
+    forger = place.within(Forger.of)
+    content = (folder / "checkpoints.ndjson").read_bytes().splitlines(keepends=True)
+    assert len(content) == 5
+    for kept in (content[:1] + content[2:], content[1:], content[:-1], content[::-1], []):
+        forger.write(folder, "checkpoints.ndjson", b"".join(kept))
+        assert wrong(folder), len(kept)
+    forger.write(folder, "checkpoints.ndjson", b"".join(content))
+    assert wrong(folder) == {}
+
+
+# --- edited in the log -------------------------------------------------------------------------------------------
+
+
+def test_an_edited_log_is_said_to_be_so_by_the_report_and_by_verify(place):
+    edit_audit(place, lambda values: [value.replace(b"CASE-1", b"CASE-0") for value in values])
+    done = place.call("evidence", "report", "--from", LAST_WEEK, "--to", TOMORROW, "--out", place.folder / "x")
+    assert done.status == 0
+    assert "exceptions, chains: " in done.err
+    folder = place.folder / "x"
+    assert read(folder, "exceptions.json")["chains"][0]["code"] == "changed_entry"
+    assert "changed_entry" in (folder / "report.html").read_text()
+    found = wrong(folder)
+    assert any("changed_entry" in one for all_ in found.values() for one in all_)
+    assert place.call("evidence", "verify", folder).status == 1
+
+
+def test_an_entry_edited_after_a_checkpoint_had_it_is_found_by_the_report(place):
+    place.within(evidence.checkpoint)
+    edit_audit(place, lambda values: [value.replace(b"CASE-2", b"CASE-0") for value in values])
+    folder = report(place)
+    assert {one["code"] for one in read(folder, "exceptions.json")["chains"]} == {"changed_entry"}
+    assert wrong(folder)
+
+
+def test_a_log_that_is_cut_off_is_found_by_the_report(place):
+    place.within(evidence.checkpoint)
+    edit_audit(place, lambda values: values[:1])
+    place.tail("cdr.pii", "--reveal", "--reason", "LATER")
+    assert wrong(report(place))
+
+
+# --- after an earlier report -------------------------------------------------------------------------------------
+
+
+def test_a_report_goes_on_from_the_checkpoint_of_an_earlier_one(place):
+    first = report(place, "first")
+    place.tail("cdr.pii", "--reveal", "--reason", "LATER")
+    second = report(place, "second")
+    assert wrong(second, None, first / "checkpoint.json") == {}
+    checks = verify(second, key_of(place), first / "checkpoint.json")
+    assert len(checks) == 8
+    # and from its own
+    assert wrong(second, None, second / "checkpoint.json") == {}
+    done = place.call("evidence", "verify", second, "--after", first / "checkpoint.json")
+    assert done.status == 0
+
+
+def test_a_log_rolled_back_to_before_an_earlier_report_and_signed_anew_is_found(place):
+    """Log, key store and all as they were before: whoever has everything can do that."""
+    backup = place.folder / "backup"
+    shutil.copytree(place.data, backup)
+    key = key_of(place)
+    first = report(place, "first")
+    kept = place.within(lambda deployment: asyncio.to_thread(lambda: None)) if False else None
+    assert kept is None
+    signing = place.within(lambda deployment: evidence.signing_key(deployment.store))
+    shutil.rmtree(place.data)
+    shutil.copytree(backup, place.data)
+
+    async def same_key(deployment):
+        deployment.store.put_secret(evidence.SIGNING_KEY, signing.private_bytes_raw())
+
+    place.within(same_key)
+    place.tail("cdr.pii", "--reveal", "--reason", "INSTEAD")
+    second = report(place, "second")
+    assert wrong(second, key) == {}  # by itself it is without a fault
+    found = wrong(second, key, first / "checkpoint.json")
+    assert found == {
+        "the report goes on from the earlier checkpoint": (
+            "the log does not have it any more: it was rolled back, or its past was written anew",
+        )
+    }
+    assert place.call("evidence", "verify", second, "--after", first / "checkpoint.json").status == 1
+
+
+def test_a_past_that_was_written_anew_is_found(place):
+    first = report(place, "first")
+    edit_audit(place, lambda values: [value.replace(b"CASE-1", b"CASE-0") for value in values])
+    second = report(place, "second")
+    assert wrong(second, None, first / "checkpoint.json")
+
+
+def test_the_earlier_file_must_be_a_checkpoint_of_this_deployment_by_this_key(place, tmp_path):
+    folder = report(place)
+    for content in (
+        b"",
+        b"{}",
+        b"x" * 100,
+        (folder / MANIFEST).read_bytes(),
+        (folder / "checkpoint.json").read_bytes().replace(b"1", b"2", 1),
+    ):
+        (tmp_path / "file").write_bytes(content)
+        assert [*wrong(folder, None, tmp_path / "file")] == ["the report goes on from the earlier checkpoint"]
+
+
+def test_a_report_that_begins_after_the_checkpoint_says_from_when_to_ask(place, monkeypatch):
+    first = report(place, "first")
+    now = evidence.time.time
+    for hours in (2, 4, 6, 8):
+        monkeypatch.setattr(evidence.time, "time", lambda hours=hours: now() + hours * 3600)
+        place.tail("cdr.pii", "--reveal", "--reason", f"H-{hours}")
+        place.within(evidence.checkpoint)
+    since = datetime.fromtimestamp(now() + 7 * 3600, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    later = report(place, "later", since, "2099-01-01")
+    assert wrong(later) == {}
+    ((finding,),) = wrong(later, None, first / "checkpoint.json").values()
+    assert "ask for one from" in finding
+
+
+# --- the key -----------------------------------------------------------------------------------------------------
+
+
+def test_the_key_is_the_same_each_time_and_its_private_half_leaves_the_store_nowhere(place):
+    one, other = place.call("evidence", "key"), place.call("evidence", "key", "--json")
+    assert one.out == other.lines[0]["pem"]
+    assert other.lines[0]["fingerprint"] in one.err
+    folder = report(place)
+    assert (folder / "key.pem").read_text() == one.out
+    private = place.within(lambda deployment: evidence.signing_key(deployment.store)).private_bytes_raw()
+    for path in [*folder.iterdir(), *place.files()]:
+        content = path.read_bytes()
+        assert private not in content
+        assert private.hex().encode() not in content
