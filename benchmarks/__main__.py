@@ -7,7 +7,7 @@ import time
 
 from benchmarks.common import SMOKE, machine, results
 
-CASES = ("stages", "pipeline", "log", "reveal", "memory")
+CASES = ("stages", "pipeline", "keys", "log", "reveal", "memory")
 """Without names these run; `kafka` is a matter of half an hour, `officer` of some minutes and 12 GB of disk."""
 ALL = (*CASES, "officer", "kafka")
 

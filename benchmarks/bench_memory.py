@@ -12,6 +12,7 @@ from pathlib import Path
 from benchmarks.common import BATCH, SMOKE, Bench, batch, report, results, rss_mib
 from processors.seal import Entropy
 from streams.keys.cache import KeyCache, KeyLease
+from streams.keys.kms_local import LocalKms
 from streams.keys.sqlite import SqliteKeyStore
 
 TOTAL = 40_000 if SMOKE else 2_000_000
@@ -21,7 +22,11 @@ def main() -> None:
     bench = Bench()
     rng = random.Random(1)
     with tempfile.TemporaryDirectory(dir=results()) as folder:
-        store = SqliteKeyStore.open(Path(folder) / "data" / "keys.db", Path(folder) / "kms")
+        kms = Path(folder) / "kms"
+        store = SqliteKeyStore.open(
+            Path(folder) / "data" / "keys.db",
+            lambda store_id, create: (LocalKms.create if create else LocalKms.open)(kms, store_id),
+        )
         lease = KeyLease(store, "bench")
         lease.renew()
         cache = KeyCache(store, lease)

@@ -12,10 +12,12 @@ from multiprocessing import get_context
 from benchmarks.bench_log import config_in
 from benchmarks.common import SMOKE, report, results, rss_mib
 from benchmarks.flow import publish
+from processors.retention import DAY_S
 from schemas.catalog import CATALOG
 from schemas.outbound import Message, Output
 from streams.config import Config
 from streams.deployment import Deployment
+from streams.officer import retention
 from streams.officer.access import Report
 from streams.officer.office import office
 from streams.officer.scan import everything, scan
@@ -107,13 +109,45 @@ async def _read(config: Config) -> dict[str, object]:
     return {"records": sum(total), "us": round(wall / sum(total) * 1e6, 2)}
 
 
+# --- retention ----------------------------------------------------------------------------------------------------
+
+
+def retire(config: Config) -> dict[str, object]:
+    """Destroy everything as of 13 months ahead, and cut the log; before that, only say what would go."""
+    return asyncio.run(_retire(config))
+
+
+async def _retire(config: Config) -> dict[str, object]:
+    clock_s = int(time.time())
+    at_s, _ = retention.moment(config, clock_s + 395 * DAY_S, clock_s, yes=True)
+    async with Deployment.open(config) as deployment:
+        begin = time.perf_counter()
+        would = await retention.run(deployment, at_s, dry=True)
+        dry = time.perf_counter() - begin
+        begin, cpu = time.perf_counter(), time.process_time()
+        did = await retention.run(deployment, at_s, dry=False)
+        wall, cpu = time.perf_counter() - begin, time.process_time() - cpu
+    records = sum(cut.records for cut in did.cuts)
+    if did.failed or records != sum(cut.records for cut in would.cuts):
+        raise SystemExit("not all was cut")
+    return {
+        "case": "retention", "records": records, "persons": did.died.persons, "seconds": round(wall, 1),
+        "records_per_s": round(records / wall), "us": round(wall / records * 1e6, 2),
+        "cpu_us": round(cpu / records * 1e6, 2), "baseline": "the same, dry", "baseline_us": round(dry / records * 1e6, 2),
+    }  # fmt: skip
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory(dir=results()) as folder:
         config = config_in(folder, "officer")
         filled = alone(fill, config, RECORDS)
         row = alone(access, config)
         bare = alone(read, config)
-        report([{**row, "log_gib": filled["gib"], "baseline": "reading alone", "baseline_us": bare["us"]}])
+        retired = alone(retire, config)
+        report([
+            {**row, "log_gib": filled["gib"], "baseline": "reading alone", "baseline_us": bare["us"]},
+            {**retired, "log_gib": filled["gib"]},
+        ])  # fmt: skip
 
 
 if __name__ == "__main__":

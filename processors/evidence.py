@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import StrEnum
 from hashlib import sha256
-from typing import Annotated, Any, Final, Literal, NamedTuple
+from typing import Annotated, Any, Final, Literal, NamedTuple, TypeGuard
 
 import msgspec
 from cryptography.exceptions import InvalidSignature
@@ -27,6 +27,7 @@ MAX_FINDINGS: Final = 1000
 MAX_WRITERS: Final = 2_000_000
 """Chains that are followed at once, about 300 bytes each; a deployment has one for every process that ever opened."""
 MAX_GROUPS: Final = 10_000
+MAX_CHARS: Final = 200
 CHECKPOINT: Final = "checkpoint"
 
 _Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
@@ -34,7 +35,8 @@ _Writer = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
 _Signature = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{128}$")]
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 _Seq = Annotated[int, msgspec.Meta(ge=1, le=2**53)]
-_Text = Annotated[str, msgspec.Meta(max_length=200)]
+_Text = Annotated[str, msgspec.Meta(max_length=MAX_CHARS)]
+_Code = Annotated[str, msgspec.Meta(pattern="^[a-z_]{1,40}$")]
 _Instant = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z$")]
 
 encode = msgspec.json.Encoder(order="sorted").encode
@@ -61,7 +63,7 @@ class Code(StrEnum):
 class Finding(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Something wrong, and where; it holds nothing of an entry but its place in log or chain."""
 
-    code: _Text
+    code: _Code
     writer: _Writer | None = None
     seq: _Count | None = None
     partition: _Count | None = None
@@ -89,7 +91,7 @@ class Entry(msgspec.Struct, frozen=True):
     writer: _Writer
     seq: _Seq
     prev: _Digest
-    role: str | None = None
+    role: _Text | None = None
     reason: str | None = None
     after: _After | None = None
     stream: Any = None
@@ -252,10 +254,10 @@ class Chains:
             self.findings.add(Code.CHANGED, **where)
         last = self._last.get(entry.writer)
         if last is None:
-            self._first(entry, partition, where)
             if len(self._last) >= MAX_WRITERS:
                 self.findings.add(Code.TOO_MANY, **where)
                 return entry
+            self._first(entry, partition, where)
         elif last.partition not in (None, partition):
             self.findings.add(Code.ELSEWHERE, **where)
         elif entry.seq <= last.seq:
@@ -350,9 +352,9 @@ class Tally:
         if not self._from <= entry.at < self._to:
             return
         _count(self.actions, entry.action)
-        if isinstance(entry.privacy, dict) and isinstance(policy := entry.privacy.get("policy"), str):
+        if isinstance(entry.privacy, dict) and _is_text(policy := entry.privacy.get("policy")):
             _count(self.policies, policy)
-        if isinstance(entry.stream, str) and isinstance(entry.records, list):
+        if _is_text(entry.stream) and isinstance(entry.records, list):
             group = (entry.action, entry.role or "-", entry.stream)
             if group not in self._opened and len(self._opened) >= MAX_GROUPS:
                 group = ("-", "-", "-")
@@ -384,6 +386,11 @@ class Tally:
                 for (action, role, stream), (n, records, denied) in sorted(self._opened.items())
             ],
         }
+
+
+def _is_text(value: object) -> TypeGuard[str]:
+    """Return whether a value is a text of at most 200 characters."""
+    return isinstance(value, str) and len(value) <= MAX_CHARS
 
 
 def _count(counter: Counter[str], name: str) -> None:

@@ -40,7 +40,7 @@ from processors.screen.verdict import REASONS, RegistryView, Subject, Verdict, v
 from processors.seal import Entropy, Job, Sealer, Way, seal_each
 from processors.split import Layout, billable_units, layouts
 from schemas.catalog import partition_for
-from schemas.errors import Poison
+from schemas.errors import KeysChanged, Poison
 from schemas.fields import PrivacyClass, classes_of
 from schemas.inbound import Cdr, Communication, Inbound, Preference, Request
 from schemas.outbound import Headers, Message, Output
@@ -427,10 +427,15 @@ class _Completion:
         return self.sealers[template]
 
     def _alive(self, template: Template) -> Sealer:
-        """Return the sealer of a template whose epoch began less than its life ago, so it cannot be dead."""
+        """Return the sealer of a template whose epoch began less than its life ago.
+
+        Raises KeysChanged if its key was destroyed all the same: by a clock that was ahead. The next epoch has another.
+        """
         sealer = self._sealer(template)
         if sealer is None:
-            raise ValueError(f"the key of {template.stream} is missing from the ring")
+            raise KeysChanged(
+                "the key for what is new is destroyed already: was a clock ahead?", stream=template.stream
+            )
         return sealer
 
     def _way(self, template: Template) -> Way | None:

@@ -1,3 +1,3 @@
 """What tests of every folder may use."""
 
-pytest_plugins = ["tests.support.kafka", "tests.support.vault"]
+pytest_plugins = ["tests.support.kafka", "tests.support.vault", "tests.support.postgres"]

@@ -90,6 +90,7 @@ def _summary(store_id: str, found: "Inventory") -> dict[str, object]:
         "other_token_keys": [key.version for key in found.tokens.others],
         "token_rotation": found.tokens.changing,
         "leases": found.leases,
+        "lost_keks": found.lost,
         "rewrap_window_s": found.rewrap_s,
         "kms_waiting_period_s": found.waiting_s,
         "backups_open": [
@@ -115,6 +116,8 @@ def _say(found: "Inventory") -> None:
         f"a backup opens what was destroyed before its day until the day is re-wrapped: {found.rewrap_s // 3600} h at"
         f" most; the key management service can undo a deletion for {found.waiting_s // 3600} h"
     )
+    for kek in found.lost:
+        print(f"key-encryption key {kek} is gone: nothing under it opens; restore it, unless it was destroyed")
     if not found.stale:
         print("no backup opens anything that was destroyed")
     for one in found.stale:

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from streams.cli.common import bar, new_file, number, opened, plain, print_json
-from streams.cli.desk import account_of, add_person, add_received, at_desk, received_s, say_whom
+from streams.cli.desk import account_of, add_person, add_received, at_desk, clocks, received_s, say_whom
 
 if TYPE_CHECKING:
     from streams.officer.access import Kind
@@ -95,7 +95,7 @@ async def _correct(args: argparse.Namespace, office: "Office") -> None:
         done = await work.apply(fields, places, advance)
     if args.json:
         counts = {"corrected": done.corrected, "unchanged": done.unchanged, "not_opened": done.not_opened}
-        print_json({**counts, "request": done.request.id})
+        print_json({**counts, **clocks(done.request)})
     elif done.corrected or done.unchanged:
         print(f"corrected: {done.corrected} records; {done.unchanged} said so already")
     else:

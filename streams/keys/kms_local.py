@@ -18,10 +18,10 @@ import re
 import secrets
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -43,6 +43,7 @@ _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _LOCK_S = 10.0
+_T = TypeVar("_T")
 
 
 class _Root(NamedTuple):
@@ -74,7 +75,7 @@ class LocalKms:
         self._store_id = store_id
         self._root_path = _root_path(folder, store_id)
         self._counter_path = folder / f"{store_id}.counter"
-        self.check = self._check_of(self._root().key)
+        self.check = self._check_of(self._surely(self._root).key)
 
     def __repr__(self) -> str:
         return f"LocalKms({self._store_id})"
@@ -121,7 +122,7 @@ class LocalKms:
 
     def trusts(self, check: bytes) -> bool:
         """Return whether a value names the root key, or one that it was rotated from."""
-        root = self._root()
+        root = self._surely(self._root)
         keys = [root.key] if root.old is None else [root.key, root.old]
         return any(secrets.compare_digest(check, known) for known in (*map(self._check_of, keys), *root.was))
 
@@ -132,7 +133,7 @@ class LocalKms:
         """
         self.calls += 1
         path = self._kek_path(name)
-        if path.exists():
+        if os.path.lexists(path):
             with suppress(KmsRefuses):  # it may have been replaced under our eyes
                 return self._sealed(self._kek(name), name, plaintext)
         with self._locked():
@@ -142,10 +143,7 @@ class LocalKms:
     def unwrap(self, name: str, wrapped: bytes) -> bytes:
         """Return what was wrapped. Raises KmsRefuses if the KEK is missing, or is not the one that wrapped it."""
         self.calls += 1
-        with suppress(KmsRefuses):
-            return self._opened(self._kek(name), name, wrapped)
-        with self._locked():
-            return self._opened(self._kek(name), name, wrapped)
+        return self._surely(lambda: self._opened(self._kek(name), name, wrapped))
 
     def destroy(self, name: str) -> None:
         """Overwrite and delete a KEK, and note that it is never made again, durable on return; idempotent."""
@@ -277,17 +275,24 @@ class LocalKms:
 
     def _put_state(self, state: _State) -> None:
         lines = [_COUNTER_HEADER, str(state.counter), *(f"{day} {last}" for day, last in sorted(state.gone.items()))]
-        self._put(self._counter_path, "".join(f"{line}\n" for line in lines).encode())
+        self._put(self._counter_path, "".join(f"{line}\n" for line in lines).encode(), secret=False)
 
-    def _put(self, path: Path, content: bytes) -> None:
+    def _put(self, path: Path, content: bytes, *, secret: bool = True) -> None:
         with _translated(path):
-            _replace(path, content)
+            _replace(path, content, secret=secret)
 
     def _sweep(self) -> None:
         """Remove what a process left that was killed while it wrote; under the lock."""
         with _translated(self._folder):
             for draft in self._folder.glob(f".{self._store_id}.*"):
                 _shred(draft)
+
+    def _surely(self, read: Callable[[], _T]) -> _T:
+        """Return what is read, if need be under the lock: a file may have been replaced under our eyes."""
+        with suppress(KmsRefuses):
+            return read()
+        with self._locked():
+            return read()
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -380,12 +385,14 @@ def _check_folder(folder: Path) -> None:
 
 def _read(path: Path) -> bytes:
     descriptor = os.open(path, _READ)
-    with os.fdopen(descriptor, "rb") as file:
+    try:
         info = os.fstat(descriptor)
         if not stat.S_ISREG(info.st_mode):
             raise KeysUnusable("key material must be a regular file", path=str(path))
         check_private(info, path, "600")
-        return file.read()
+        return os.read(descriptor, info.st_size)
+    finally:
+        os.close(descriptor)
 
 
 def _write_new(path: Path, content: bytes) -> bool:
@@ -406,11 +413,12 @@ def _write_new(path: Path, content: bytes) -> bool:
     return made
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """Make a file have a new content, whole and durable, and overwrite what it had. Raises OSError."""
+def _replace(path: Path, content: bytes, *, secret: bool = True) -> None:
+    """Make a file have a new content, whole and durable; `secret`: overwrite what it had. Raises OSError."""
     before = None
-    with suppress(FileNotFoundError):
-        before = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    if secret:
+        with suppress(FileNotFoundError):
+            before = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         with os.fdopen(os.open(draft, _CREATE, 0o600), "wb") as file:

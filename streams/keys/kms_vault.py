@@ -8,9 +8,10 @@ Rules of this file:
 - Nothing is made, wrapped or deleted on a guess: an answer that is not the server's own JSON counts as none.
 - A key is made by name, never by an `encrypt` that happens to lack one, and what was wrapped is opened once before it
   is given out.
-- One operation takes at most `timeout_s`, with all its requests and repeats. What is safe to repeat is repeated with
-  jitter; a login is not, once it may have arrived. After `BREAK_AFTER` failures in a row nothing is sent for
-  `BREAK_S`, then one request. What was refused is refused for `REFUSED_S` without asking.
+- One operation takes at most `timeout_s`, with all its requests and repeats; a request that hangs leaves time for
+  another. What is safe to repeat is repeated with jitter; a login is not, once it may have arrived. After `BREAK_AFTER`
+  failures in a row nothing is sent for `BREAK_S`, then one request. What was refused is refused for `REFUSED_S` without
+  asking.
 - `KmsUnavailable`: no answer, or one to wait for. `KmsRefuses`: an answer, and it is no. Both pass by themselves:
   token, secret id and certificate authority are read anew, a login is repeated.
 - No token, key, ciphertext or plaintext stands in an error; one names the service and the key.
@@ -169,7 +170,11 @@ class _Client:
             raise self._unavailable("throttled")
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(
-                lambda error: isinstance(error, KmsUnavailable) and error.where.get("cause") in causes
+                lambda error: (
+                    isinstance(error, KmsUnavailable)
+                    and error.where.get("cause") in causes
+                    and self._breaker.current_state == pybreaker.STATE_CLOSED
+                )
             ),
             wait=tenacity.wait_random_exponential(multiplier=0.05, max=0.5),
             stop=tenacity.stop_after_attempt(ATTEMPTS) | tenacity.stop_before_delay(self._left_s()),
@@ -188,7 +193,8 @@ class _Client:
             headers["X-Vault-Token"] = token
         if self._settings.namespace is not None:
             headers["X-Vault-Namespace"] = self._settings.namespace
-        client, limit = self._connected(), httpx.Timeout(self._left_s())
+        client, left_s = self._connected(), self._left_s()
+        limit = httpx.Timeout(left_s / 2, connect=left_s / 4)  # connecting is twice that: TCP, TLS
         self.calls += 1
         content = bytearray()
         try:
@@ -236,11 +242,20 @@ class _Client:
         if login is not None and now < login.renew_at:
             return login.token
         if login is not None and now < login.ends_at:
-            answer = self._repeated(_REPEATED, "POST", "auth/token/renew-self", {}, login.token)
-            self._login = self._logged_in(answer) if answer.done else None
+            self._login = self._renewed(login)
         if self._login is None or time.monotonic() >= self._login.renew_at:  # it has ended, or was not made to last
             self._login = self._new_login()
         return self._login.token
+
+    def _renewed(self, login: _Login) -> _Login | None:
+        """Return the login with a new life; None: it cannot be renewed, which a server may call an error of its own."""
+        try:
+            answer = self._repeated(_REPEATED - {"failing"}, "POST", "auth/token/renew-self", {}, login.token)
+        except KmsUnavailable as error:
+            if error.where.get("cause") == "failing":
+                return None
+            raise
+        return self._logged_in(answer) if answer.done else None
 
     def _newer_token(self, refused: str) -> str | None:
         """Return another token after one was refused, if there can be one now."""
@@ -274,7 +289,7 @@ class _Client:
         match answer.body.get("auth"):
             case {"client_token": str(token), "lease_duration": int(lease_s)} if _SECRET.fullmatch(token):
                 now = time.monotonic()
-                life_s = lease_s or float("inf")
+                life_s = max(lease_s, 1)
                 return _Login(token, now, now + life_s * 2 / 3, now + life_s)
         raise self._unavailable("answer")
 
@@ -318,7 +333,7 @@ class _Client:
         """Give a token of our own back, if the server answers, and the connection; idempotent."""
         login, self._login = self._login, None
         with suppress(KmsUnavailable, KmsRefuses):
-            if login is not None and self._breaker.current_state == pybreaker.STATE_CLOSED:
+            if login is not None and not self._breaker.fail_counter:
                 with self._operation():
                     self._repeated(frozenset(), "POST", "auth/token/revoke-self", {}, login.token)
         self._disconnect()
@@ -378,15 +393,18 @@ class VaultKms(_Client):
         """
         if len(plaintext) > PLAINTEXT_BYTES:
             raise ValueError("too much to wrap")
-        day, generation = _parsed(name)
+        _parsed(name)
         with self._asking("wrap", name):
-            self._refuse_gone(name)
-            if self._key(name) is None:
-                self._done("make", self._ask("POST", self._key_path(name), {"type": _AS_MADE["type"]}), key=name)
-                if self._entry()[0].gone(day, generation):  # meanwhile
-                    self._delete(name)
-                self._refuse_gone(name)
+            self._refuse_destroyed(name)
             key = self._key(name)
+            if key is None:
+                self._done("make", self._ask("POST", self._key_path(name), {"type": _AS_MADE["type"]}), key=name)
+                try:
+                    self._refuse_destroyed(name)
+                except KmsRefuses:  # meanwhile
+                    self._delete(name)
+                    raise
+                key = self._key(name)
             if key is None or any(key.get(trait) != value for trait, value in _AS_MADE.items()):
                 raise self._refuses("the key is not as Streamveil makes them; who changed it?", key=name)
             given = {"plaintext": _text(plaintext), "associated_data": self._bound(name)}
@@ -420,7 +438,7 @@ class VaultKms(_Client):
         """Raise KeysUnusable: what the KEKs are wrapped by is the server's own, and rotated there."""
         raise KeysUnusable(
             "the root of this key management service is the server's own: rotate it there (vault operator rotate,"
-            " bao operator rotate); nothing here has to be told"
+            " bao operator rotate), and the rest here: streamveil keys rotate wrapping token"
         )
 
     def counter(self) -> int:
@@ -621,7 +639,7 @@ class VaultKms(_Client):
             message = f"the key management service refuses to {what}; is the key, or the engine, there?"
         raise KmsRefuses(message, service=self._settings.address, status=answer.status, **where)
 
-    def _refuse_gone(self, name: str) -> None:
+    def _refuse_destroyed(self, name: str) -> None:
         if self._entry()[0].gone(*_parsed(name)):
             raise self._refuses("the key was destroyed, and is not made again", key=name)
 

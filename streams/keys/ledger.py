@@ -255,7 +255,10 @@ class SqlLedger:
                 "SELECT id, kind, owner, reason, received_s, notice_due_s, due_s, notify, closed_s, outcome "
                 f"FROM requests {'' if closed else 'WHERE closed_s IS NULL'} ORDER BY due_s, received_s, id"
             )
-        return [Request(*head, orjson.loads(notify), closed_s, outcome) for *head, notify, closed_s, outcome in rows]
+        return [
+            Request._make((*head, orjson.loads(notify), closed_s, outcome))
+            for *head, notify, closed_s, outcome in rows
+        ]
 
     def add_correction(self, stream: str, partition: int, offset: int, at_offset: int) -> None:
         """Note that a record is corrected by another of its partition; idempotent."""

@@ -43,13 +43,19 @@ _REFUSALS: Final = (  # what libpq and servers say when they refuse a connection
     ("database", "the key store's server has no such database: check [postgres] database"),
     ("role", "the key store's server refuses this user: check [postgres] username"),
 )  # fmt: skip
-_PASSING: Final = ("database system is", "too many", "connection slots", "read-only")  # over by itself
+_PASSING: Final = (  # what servers say when they refuse for a while
+    ("too many", "the key store's server has no connection to spare"),
+    ("connection slots", "the key store's server has no connection to spare"),
+    ("read-only", "the key store's server takes no writes now: it is a standby, or read-only"),
+    ("database system is", _LOST),
+)
 _QUOTED: Final = re.compile(r'"[^"]*"|\'[^\']*\'')
 _STATES: Final[dict[str, tuple[type[StreamveilError], str]]] = {  # SQLSTATE, or how it begins; the longest that fits
     "08": (KeysBusy, _LOST),
     "25006": (KeysBusy, "the key store's server takes no writes now: it is a standby, or read-only"),
     "23": (KeysBusy, "another process was quicker"),
     "25P": (KeysBusy, _LOST),
+    "3F": (KeysUnusable, "this user lacks a right on the key store: GRANT it, see docs/postgresql.md"),
     "40": (KeysBusy, "another process holds the key store"),
     "42": (KeysUnusable, "the key store is not whole, or another program changed it: restore it from its backup"),
     "42501": (KeysUnusable, "this user lacks a right on the key store: GRANT it, see docs/postgresql.md"),
@@ -62,7 +68,7 @@ _STATES: Final[dict[str, tuple[type[StreamveilError], str]]] = {  # SQLSTATE, or
     "XX": (KeysUnusable, "the key store's server finds its data damaged: see the server's log"),
 }
 _SETTINGS: Final = """\
-SELECT set_config(name, value, false) FROM (VALUES ('search_path', '{schema}, pg_temp'), ('lock_timeout', '{lock_ms}'),
+SELECT set_config(name, value, false) FROM (VALUES ('search_path', '{schema}'), ('lock_timeout', '{lock_ms}'),
     ('statement_timeout', '{statement_ms}'), ('idle_in_transaction_session_timeout', '{idle_ms}'), ('jit', 'off'),
     ('enable_seqscan', 'off'), ('enable_hashjoin', 'off'), ('enable_mergejoin', 'off'),
     ('enable_material', 'off'),
@@ -234,8 +240,8 @@ def _ours(error: psycopg.Error, place: str) -> StreamveilError:
     if not isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
         return KeysUnusable(f"the driver of the key store refuses a value: {type(error).__name__}", server=place)
     said = _QUOTED.sub("", str(error))
-    if not any(sign in said for sign in _PASSING):
-        for sign, message in _REFUSALS:
+    for signs, kind in ((_PASSING, KeysBusy), (_REFUSALS, KeysUnusable)):
+        for sign, message in signs:
             if sign in said:
-                return KeysUnusable(message, server=place)
+                return kind(message, server=place)
     return KeysBusy(_LOST, server=place)

@@ -16,7 +16,7 @@ import secrets
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from enum import Enum
 from hashlib import blake2b
 from struct import Struct
@@ -525,6 +525,7 @@ class SqlKeyStore(ABC):
                 )
                 self._drop_generations(keks)
                 sequence = self._bump(before)
+            self._run("DELETE FROM stale WHERE kek > ? AND kek < ?", _around(day))
         self._settled(sequence)
         for name in self.kms.names():
             if day_in(kms_generation(name)) == day:
@@ -553,6 +554,8 @@ class SqlKeyStore(ABC):
             self._settled(sequence)
         for name in self._older_names(newest):
             self.kms.destroy(name)
+        with self._transaction(Mode.EXCLUSIVE):  # last: while it is noted, somebody will call again
+            self._run("DELETE FROM stale WHERE kek > ? AND kek < ?", (_around(wide)[0], newest))
         return moved
 
     def _older_names(self, newest: str) -> list[str]:
@@ -619,8 +622,7 @@ class SqlKeyStore(ABC):
             "UPDATE wrapping_keys SET wrapped = ? WHERE kek = ?",
             [(os.urandom(size), kek) for kek, size in self._run(query, keks)],
         )
-        for table in ("wrapping_keys", "stale"):
-            self._run(f"DELETE FROM {table} WHERE kek IN ({marks(keks)})", keks)
+        self._run(f"DELETE FROM wrapping_keys WHERE kek IN ({marks(keks)})", keks)
         self._ciphers.clear()
 
     def stale_days(self) -> dict[str, int]:
@@ -771,7 +773,9 @@ class SqlKeyStore(ABC):
 
     def catch_up(self) -> None:
         """Raise an outdated store's sequence to the KMS counter, after its destructions were done again."""
-        counter = self.kms.counter()
+        counter = 0
+        with suppress(KeysUnusable):  # a counter that is lost is made anew
+            counter = self.kms.counter()
         with self._transaction(Mode.EXCLUSIVE) as sequence:
             if sequence < counter:
                 self._set_meta("destruction_seq", str(counter))
@@ -847,8 +851,7 @@ class SqlKeyStore(ABC):
 
     def _generations(self, day: str) -> list[str]:
         """Return a day's generations, oldest first."""
-        low, high = f"{day}.", f"{day}/"  # the character after the dot
-        rows = self._run("SELECT kek FROM wrapping_keys WHERE kek > ? AND kek < ? ORDER BY kek", (low, high))
+        rows = self._run("SELECT kek FROM wrapping_keys WHERE kek > ? AND kek < ? ORDER BY kek", _around(day))
         return [kek for (kek,) in rows]
 
     def _warm(self, days: Iterable[str]) -> list[str]:
@@ -1019,6 +1022,11 @@ def day_of_text(text: str) -> str | None:
         return day_in(kms_generation(text)) if text[4:8:3] == "--" and len(text) == len(FOREVER) else None
     except ValueError:
         return None
+
+
+def _around(day: str) -> tuple[str, str]:
+    """Return what all generations of a day sort between: the dot, and the character after it."""
+    return f"{day}.", f"{day}/"
 
 
 def _alive(deadline_s: int | None, now_s: int) -> bool:

@@ -214,23 +214,21 @@ class SqliteKeyStore(SqlKeyStore):
         return sum(self._bury_month(month, low, high) for (month,) in months)
 
     def _bury_month(self, month: str, low: str, high: str) -> int:
-        """Overwrite what is under a day in a month's table; if nothing of a later day is in it, delete it all."""
+        """Overwrite what is under a day in a month's table; if nothing of another day is in it, delete it all."""
         with self._transaction(Mode.READ):
             table = self._months().get(month)
-            live = self._run("SELECT 1 FROM person_days WHERE month = ? AND kek > ? LIMIT 1", (month, high))
-        buried, last = 0, 0
+            query = "SELECT 1 FROM person_days WHERE month = ? AND (kek > ? OR kek < ?) LIMIT 1"
+            live = self._run(query, (month, high, low))
+        change = f"UPDATE {table} SET {_OVERWRITE}" if live else f"DELETE FROM {table}"
+        buried, last, above = 0, 0, low if live else ""
         while table is not None:
             with self._transaction(Mode.READ):
-                query = f"SELECT rowid, kek FROM {table} WHERE rowid > ? AND kek < ? ORDER BY rowid LIMIT {STEP}"
-                if live:
-                    query = query.replace("kek <", f"kek > '{low}' AND kek <")
-                rows = self._run(query, (last, high))
+                query = f"SELECT rowid, kek FROM {table} WHERE rowid > ? AND kek > ? AND kek < ? ORDER BY rowid LIMIT ?"
+                rows = self._run(query, (last, above, high, STEP))
             if not rows:
                 break
-            ids = [(rowid, high) for rowid, _ in rows]
             with self._transaction(Mode.EXCLUSIVE):
-                change = f"UPDATE {table} SET {_OVERWRITE}" if live else f"DELETE FROM {table}"
-                self._run_many(f"{change} WHERE rowid = ? AND kek < ?", ids)
+                self._run_many(f"{change} WHERE rowid = ? AND kek < ?", [(rowid, high) for rowid, _ in rows])
             buried += sum(kek > low for _, kek in rows)
             last = rows[-1][0]
         with self._transaction(Mode.EXCLUSIVE):

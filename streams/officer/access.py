@@ -3,8 +3,8 @@
 Rules of this file:
 - Everything sealed is opened by the Revealer: authorised, and logged before it opens. The request itself is logged
   before that.
-- Nothing is gathered: an `Item` is handed out as soon as it is found. What is kept is counts, and a page of records.
-  The last item is `summary`; a report without it is not whole.
+- Nothing is gathered: what is kept is counts, and some hundred records that are opened at once, which are handed out
+  before the next. The last item is `summary`; a report without it is not whole.
 - The other party of a communication is a person too. Of a record with two people in it, each is shown what is their
   own and what both know: that it took place, when, for how long, through whom (`hidden`).
 - What cannot be shown is counted, with the reason.
@@ -33,7 +33,7 @@ from streams.keys.reveal import CORRECTS, Revealed, Revealer, State
 from streams.log.protocol import Stored
 from streams.officer.office import ROLE, Office, Person
 from streams.officer.requests import DONE, case, note
-from streams.officer.scan import everything, naming, scan
+from streams.officer.scan import decided, everything, naming, scan
 
 Kind = Literal["access", "export"]
 
@@ -43,7 +43,7 @@ PERSONAL: Final = tuple(
 """The streams that are sealed under people's secrets."""
 AUDIT, HELD, QUARANTINE, SUPPRESSIONS = "audit", "held", "quarantine", "suppressions"
 _OPENED_AT_ONCE = 500
-_LARGE_AT_ONCE = 20
+_LARGE_AT_ONCE = 50
 """Records in quarantine may be of a megabyte and more."""
 _SID = re.compile(r"[0-9a-f]{32}").fullmatch
 _P = PrivacyClass
@@ -141,8 +141,7 @@ class Finder:
     def __init__(self, value: str) -> None:
         self._needle = value.lower()
         if value.startswith("+"):
-            national = phonenumbers.national_significant_number(phonenumbers.parse(value))
-            self._needle = national if len(national) >= _MIN_DIGITS else value[1:]
+            self._needle = _national(value) or value[1:]
 
     def __repr__(self) -> str:
         return "Finder()"
@@ -151,6 +150,15 @@ class Finder:
         """Return whether the text may hold the number; digits that only look like it are found too."""
         plain = unicodedata.normalize("NFKC", text.replace("\0", "")).lower()
         return self._needle in plain or self._needle in _SEPARATORS.sub("", plain)
+
+
+def _national(number: str) -> str | None:
+    """Return the digits of an E.164 number without its country code; None: of no known country, or too few."""
+    try:
+        digits = phonenumbers.national_significant_number(phonenumbers.parse(number))
+    except phonenumbers.NumberParseException:
+        return None
+    return digits if len(digits) >= _MIN_DIGITS else None
 
 
 def _texts(opened: Revealed) -> list[str]:
@@ -205,6 +213,7 @@ class Report:
             owner: Counter() for owner in sorted({*self._owners.values()} - {PLATFORM})
         }
         self._shown: Counter[str] = Counter()
+        self._last_opened: str | None = None
         self.accounts = tuple(self._elsewhere) if self._owner == PLATFORM else ()
         """The accounts that process data about the person, which the platform tells of the request (INF-9)."""
         self.request: Request | None = None
@@ -236,7 +245,7 @@ class Report:
         then nothing was opened.
         """
         self._advance = advance
-        audited = await self._log.end_offsets(AUDIT)  # what this report opens is not part of it
+        audited = await decided(self._log, AUDIT)  # what this report opens is not part of it
         await self._office.auditor.write(
             self._kind, role=ROLE, reason=self._reason, owner=self._owner, sids=sorted(self._mine)
         )
@@ -293,13 +302,18 @@ class Report:
         if not searched:
             return
         for stream in PERSONAL:
+            found: list[Stored] = []  # one audit entry for many records, from however many pages
             async for page in scan(self._log, stream, naming(searched), advance=self._advance):
-                for at in range(0, len(page), _OPENED_AT_ONCE):
-                    for item in await self._opened(stream, page[at : at + _OPENED_AT_ONCE]):
+                found += page
+                while len(found) >= _OPENED_AT_ONCE:
+                    for item in await self._opened(stream, found[:_OPENED_AT_ONCE]):
                         yield item
+                    del found[:_OPENED_AT_ONCE]
+            for item in await self._opened(stream, found):
+                yield item
 
     async def _opened(self, stream: str, page: Sequence[Stored]) -> list[Item]:
-        """Return the records of a page that are shown, and count the others."""
+        """Return those of some records that are shown, and count the others."""
         mine: list[tuple[Stored, Sealed]] = []
         for stored in page:
             try:
@@ -449,20 +463,20 @@ class Report:
 
     async def _each(self, stream: str, at_once: int) -> AsyncIterator[tuple[Stored, Sealed, Revealed]]:
         """Yield all sealed records of a stream, opened."""
-        async for page in scan(self._log, stream, everything, advance=self._advance):
-            for at in range(0, len(page), at_once):
-                taken = []
-                for stored in page[at : at + at_once]:
-                    try:
-                        sealed = take_apart(stored.value)
-                    except ValueError:
-                        self._unsearched[stream, State.CORRUPT.value] += 1
-                        continue
-                    if sealed.parts:
-                        taken.append((stored, sealed))
-                opened = await self._reveal([stored for stored, _ in taken])
-                for (stored, sealed), result in zip(taken, opened, strict=True):
-                    yield stored, sealed, result
+        pages = scan(self._log, stream, everything, page_records=at_once, advance=self._advance)
+        async for page in pages:
+            taken = []
+            for stored in page:
+                try:
+                    sealed = take_apart(stored.value)
+                except ValueError:
+                    self._unsearched[stream, State.CORRUPT.value] += 1
+                    continue
+                if sealed.parts:
+                    taken.append((stored, sealed))
+            opened = await self._reveal([stored for stored, _ in taken])
+            for (stored, sealed), result in zip(taken, opened, strict=True):
+                yield stored, sealed, result
 
     # --- who has looked ---------------------------------------------------------------------------------------
 
@@ -479,6 +493,7 @@ class Report:
                 entry = orjson.loads(stored.value)
                 if self._mine.isdisjoint(entry.get("sids") or ()):
                     continue
+                self._last_opened = max(self._last_opened or "", entry["at"])
                 yield self._put(
                     "reveal",
                     at=entry["at"],
@@ -506,10 +521,11 @@ class Report:
                 for account, counts in self._elsewhere.items()
             ]
         found = sum(self._shown.values()) + sum(self._unshown.values()) + len(self.accounts)
-        summary = {"records": self._shown["record"], "not_shown": sum(self._unshown.values())}
+        summary: dict[str, Any] = {"records": self._shown["record"], "not_shown": sum(self._unshown.values())}
         if self._kind == "access":
             summary |= {f"{section}s": self._shown[section] for section in ("opt_out", "restriction", "hold", "reveal")}
             summary |= {"quarantined": self._shown["quarantined"], "not_searched": sum(self._unsearched.values())}
+            summary["last_opened"] = self._last_opened
         told = {"accounts": list(self.accounts), "nothing_is_held": not found}
         return [*items, Item("summary", {**summary, **told})]
 

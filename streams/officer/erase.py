@@ -5,16 +5,18 @@ Rules of this file:
 - It is effective when it is acknowledged: by then no process alive can commit what it sealed under a destroyed secret
   (the lease protocol), and whatever was under way in the log has come to its end. What is committed later is sealed
   under a new secret and opens.
-- Opt-outs stand (INF-8). A legal hold stands in the way (INF-7).
+- Opt-outs stand (INF-8). A legal hold of theirs stands in the way, and what is held of others, in whose records they
+  may be, is kept first (INF-7).
 """
 
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 from schemas.errors import UnderHold
 from schemas.fields import PLATFORM
 from streams.keys.ledger import Request
-from streams.officer.holds import Advance, standing_in_the_way
+from streams.officer.holds import Advance, preserve, standing_in_the_way
 from streams.officer.leases import drained
 from streams.officer.office import ROLE, Office, Person
 from streams.officer.requests import DONE, UNDER_HOLD, case, note
@@ -61,6 +63,7 @@ async def erase(
         raise UnderHold(
             f"under legal hold {hold.id}, case {hold.reason}: nothing was erased; request {request.id} stays open",
         )
+    await preserve(office.deployment, now_s=int(time.time()), advance=advance)
     store, auditor = office.deployment.store, office.auditor
     known = office.sids(person, owner)
     await auditor.write("erase", role=ROLE, reason=reason, owner=owner, destroyed={"sids": sorted(known), "epochs": []})

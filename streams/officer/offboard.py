@@ -1,15 +1,16 @@
 """Offboarding of an account whose agreement has ended (CAL-7): its keys die on schedule, by its own hand and owner.
 
 Rules of this file:
-- What is sealed for the account is keyed by it: content and near misses die at the termination; whatever else is keyed
-  by it (transit, personal CDRs where the platform is its processor) and its secrets of people, which say with whom it
-  spoke, `NUMBERS_KEPT_DAYS` days later.
+- What is sealed for the account is keyed by it: content and near misses die at the termination; its personal CDRs,
+  where the platform is its processor, and its secrets of people, which say with whom it spoke, `NUMBERS_KEPT_DAYS`
+  days later. Requests on their way out die within a day by themselves.
 - What the platform controls stays to its own instant (INF-4, INF-5): it is no data of the account.
 - The schedule stays until it is cancelled: what is sealed for the account later, such as a late CDR, dies at the next
   look.
 - Whatever is destroyed stands in `audit` before; what a legal hold covers is kept before that.
 """
 
+from functools import partial
 from typing import Final, NamedTuple
 
 from processors.keyring import EpochRef
@@ -19,6 +20,7 @@ from schemas.errors import InputInvalid
 from schemas.fields import PLATFORM, is_account
 from streams.deployment import Deployment
 from streams.officer import holds
+from streams.officer.again import again
 
 NUMBERS_KEPT_DAYS: Final = 20
 """Days from termination to the end of number-related data (CAL-7)."""
@@ -102,6 +104,17 @@ async def cancel(deployment: Deployment, account: str) -> bool:
     return True
 
 
+def reschedule(deployment: Deployment, account: str, terminated_s: int | None) -> None:
+    """Have an account's schedule be as the audit stream has it (Unix s; None: cancelled), without an entry. Blocks.
+
+    For a key store that a backup brought back: nothing is destroyed here.
+    """
+    _check(account)
+    ledger = deployment.store.ledger
+    if terminated_s is not None or ledger.progress(_SCHEDULE + account) is not None:
+        ledger.set_progress(_SCHEDULE + account, _CANCELLED if terminated_s is None else terminated_s)
+
+
 def _check(account: str) -> None:
     if account == PLATFORM or not is_account(account):
         raise InputInvalid("the account is not a name that an account can have")
@@ -132,7 +145,8 @@ async def _destroy(deployment: Deployment, leaving: Leaving, now_s: int, *, dry:
     refs = [
         EpochRef(key.domain, key.owner, key.epoch)
         for key in store.status(now_s)
-        if key.owner == leaving.account and key.state != "destroyed" and (everything or key.domain in AT_ONCE)
+        if key.owner == leaving.account and key.state != "destroyed" and (key.domain in AT_ONCE or everything)
+        if key.domain != Domain.TRANSIT
     ]
     name = _FINISHED + leaving.account
     look = everything and (bool(refs) or store.ledger.progress(name) != leaving.terminated_s)
@@ -142,11 +156,11 @@ async def _destroy(deployment: Deployment, leaving: Leaving, now_s: int, *, dry:
         named = ["/".join(ref) for ref in refs[at : at + _BATCH]]
         await auditor.write("destroy", destroyed={"epochs": named}, why="offboarded", account=leaving.account)
         for ref in refs[at : at + _BATCH]:
-            store.destroy_epoch(ref)
+            await again(partial(store.destroy_epoch, ref))
     persons = 0
     for sids in store.sids_of(leaving.account) if look else ():
         await auditor.write("destroy", destroyed={"sids": sids}, why="offboarded", account=leaving.account)
-        store.destroy_sids(sids)
+        await again(partial(store.destroy_sids, sids))
         persons += len(sids)
     if look:
         store.ledger.set_progress(name, leaving.terminated_s)

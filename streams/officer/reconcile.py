@@ -23,6 +23,7 @@ from schemas.errors import KeysUnusable
 from streams.deployment import Deployment
 from streams.keys.ledger import MarkKind
 from streams.keys.store import KeyStore
+from streams.officer import offboard
 from streams.officer.rotation import SWITCH, Copy, retoken_marks
 from streams.officer.upkeep import day_of
 
@@ -31,7 +32,6 @@ _PAGE: Final = 1000
 _BATCH: Final = 1000
 _LOST: Final = "reconcile/token"
 _BEGUN: Final = "reconcile"
-_EVER_S: Final = 2**33
 _SPARE: Final = 1000
 """Destructions that nothing names: of token keys, and what a rotation takes."""
 
@@ -63,6 +63,7 @@ class _Past:
         self.days: set[str] = set()
         self.made: dict[str, Missing] = {}
         self.ended: dict[str, int] = {}  # id of a mark -> Unix s
+        self.leaving: dict[str, tuple[str, int | None]] = {}  # account -> as of when, end of its agreement (Unix s)
         self.token_version = 0  # the newest whose entries in the log are whole
         self.sequence = 0  # destructions that were over when an entry was written
         self.raised: dict[int, int] = {}  # a reconciliation that never came to its end: counter it set -> before
@@ -86,7 +87,11 @@ class _Past:
             self.made[mark_id] = Missing(kind, mark_id, str(entry["reason"]))
         elif action in ("release", "unrestrict"):
             mark_id = _sid(entry["hold" if action == "release" else "restriction"])
-            self.ended[mark_id] = int(datetime.fromisoformat(entry["at"]).timestamp())
+            self.ended[mark_id] = _unix_s(entry["at"])
+        elif action == "offboard":
+            account, at, ended_at = str(entry["account"]), str(entry["at"]), entry["terminated_at"]
+            if at >= self.leaving.get(account, ("", None))[0]:
+                self.leaving[account] = at, None if ended_at is None else _unix_s(ended_at)
 
     def needed(self, counter: int) -> int:
         """Return up to which destruction the stream must go, if the key management service counts so many."""
@@ -99,6 +104,10 @@ def _sid(text: str) -> str:
     if len(bytes.fromhex(text)) != 16:
         raise ValueError("no id")
     return text
+
+
+def _unix_s(text: str) -> int:
+    return int(datetime.fromisoformat(text).timestamp())
 
 
 def _day(text: str) -> str:
@@ -123,21 +132,22 @@ async def reconcile(
     store = deployment.store
     past, findings = await _read(deployment, advance)
     counter = store.kms.counter()
-    buried = past.days & set(store.due_days(_EVER_S))
-    lost = {day_of(kek) for kek in store.lost()} - buried - set(store.due_days(now_s))
+    lost = {day_of(kek) for kek in store.lost()} - set(store.due_days(now_s))
     if not incomplete:
         _refuse_unless_whole(past, findings, counter)
-        _refuse_what_is_lost(lost)
+        _refuse_what_is_lost(lost - past.days)
     before = {mark.id for kind in _KINDS for mark in store.ledger.marks(kind, ended=True)}
     standing = {mark.id for kind in _KINDS for mark in store.ledger.marks(kind)}
-    raised = counter + len(past.sids) + len(past.epochs) + len(past.days) + len(lost) + _SPARE
+    raised = counter + len(past.sids) + len(past.epochs) + len(lost) + _SPARE
     await deployment.auditor().write(_BEGUN, counter=past.needed(counter), raised=raised, findings=findings.count)
     store.kms.raise_counter(raised)
-    for day in sorted(buried | lost):
+    for day in sorted(lost):
         store.bury_day(day, _end_s(day))
     ending = [mark_id for mark_id in past.ended if mark_id in standing]
     for mark_id in ending:
         store.ledger.end_mark(mark_id, past.ended[mark_id])
+    for account, (_, terminated_s) in past.leaving.items():
+        offboard.reschedule(deployment, account, terminated_s)
     sids, epochs = _destroy_sids(store, list(past.sids)), _destroy_epochs(store, list(past.epochs), now_s)
     opt_outs = await _retoken(deployment, past.token_version)
     retoken_marks(deployment)
@@ -192,16 +202,16 @@ def _refuse_unless_whole(past: _Past, findings: Findings, counter: int) -> None:
     needed = past.needed(counter)
     if past.sequence < needed:
         raise KeysUnusable(
-            f"the audit stream ends at destruction {past.sequence} of {needed}: was the log brought back by a backup too?"
-            " Nothing was done; restore the log, or go on with what it names: --yes"
+            f"the audit stream ends at destruction {past.sequence} of {needed}: was the log brought back by a backup"
+            " too? Nothing was done; restore the log, or go on with what it names: --yes"
         )
 
 
 def _refuse_what_is_lost(days: Collection[str]) -> None:
     if days:
         raise KeysUnusable(
-            f"the backup is from before a re-wrap of {', '.join(sorted(days))}: what is under that opens by no copy of it."
-            " Nothing was done; restore a newer backup, or lose what is under it: --yes"
+            f"what is under {', '.join(sorted(days))} opens no more: the backup is from before a re-wrap, or the"
+            " key-encryption key was deleted. Nothing was done; restore a newer backup, or lose what is under it: --yes"
         )
 
 

@@ -10,6 +10,7 @@ Rules of this file:
 
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, date, datetime
+from functools import partial
 from typing import Final, NamedTuple
 
 import orjson
@@ -23,6 +24,7 @@ from streams.config import Config
 from streams.deployment import Deployment
 from streams.log.protocol import Log, Stored
 from streams.officer import evidence, holds, offboard, rotation
+from streams.officer.again import again
 from streams.state.suppressions import STREAM as SUPPRESSIONS
 
 AHEAD: Final = Period(13, "months")
@@ -193,11 +195,11 @@ async def destroy_due(deployment: Deployment, now_s: int, *, dry: bool) -> Died:
         await auditor.write("destroy", destroyed={"epochs": batch}, why="deadline")
     for ref, deadline_s in due:
         if day_of(deadline_s) not in over:
-            store.destroy_epoch(ref)
+            await again(partial(store.destroy_epoch, ref))
     if days:
         await auditor.write("destroy", days=days, why="deadline")
     for day in days:
-        persons += store.bury_day(day, now_s).persons
+        persons += (await again(partial(store.bury_day, day, now_s))).persons
     return Died(len(due), persons, tuple(days))
 
 
@@ -222,7 +224,7 @@ async def _rewrap(deployment: Deployment, now_s: int, *, dry: bool, every: bool)
         for day, at_s in sorted(store.stale_days().items())
         if day not in over and (every or now_s - at_s >= window_s - lead_s)
     ]
-    return {day: 0 if dry else store.rewrap(day) for day in days}
+    return {day: 0 if dry else await again(partial(store.rewrap, day)) for day in days}
 
 
 # --- logs ---------------------------------------------------------------------------------------------------

@@ -5,15 +5,21 @@ take a record too many, so whoever uses it looks again with `take_apart`; it nev
 one way to be written (schemas/sealed.py).
 """
 
+import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 
 import orjson
 
 from processors.retention import DAY_S
+from schemas.errors import LogBusy
 from streams.log.protocol import Log, Stored
 
 PAGE = 5000
 """Records read at once: a few MB."""
+UNDECIDED_S = 30.0
+"""So long a scan waits for whoever has written and not committed yet: longer than brokers let them."""
+_LOOK_S = 0.05
 _SID_KEY = b'"sid":"'
 _SID_CHARS = 32
 
@@ -27,22 +33,23 @@ async def scan(
     *,
     begins: Sequence[int] | None = None,
     ends: Sequence[int] | None = None,
+    page_records: int = PAGE,
     advance: Callable[[int], None] = lambda _: None,
 ) -> AsyncIterator[list[Stored]]:
     """Yield the wanted records, a page or less at a time, partition by partition, each in log order.
 
-    From `begins` (default: the first there are) to `ends` (default: those seen at the start), one per partition.
-    `advance` is told of records read, and in the end of all between begin and end. Blocks. Raises what `Log.read`
-    raises: a scan that could not see everything never ends as if it had.
+    From `begins` (default: the first there are) to `ends` (default: those seen at the start, once they are
+    `decided`), one per partition. `advance` is told of records read, and in the end of all between begin and end.
+    Blocks. Raises LogBusy and LogUnusable: a scan that could not see everything never ends as if it had.
     """
     first = await log.begin_offsets(stream)
     if begins is not None:
         first = [max(pair) for pair in zip(first, begins, strict=True)]
-    last = await log.end_offsets(stream) if ends is None else ends
+    last = await decided(log, stream) if ends is None else ends
     for partition, (begin, end) in enumerate(zip(first, last, strict=True)):
         at = begin
         while at < end:
-            page = await log.read(stream, partition, at, min(PAGE, end - at), end)
+            page = await log.read(stream, partition, at, min(page_records, end - at), end)
             following = page[-1].offset + 1 if page else end  # the rest is no message
             while page and page[-1].offset >= end:
                 page.pop()
@@ -51,6 +58,17 @@ async def scan(
                 yield found
             advance(min(following, end) - at)
             at = following
+
+
+async def decided(log: Log, stream: str) -> list[int]:
+    """Return the ends of a stream once all before them is committed or never will be. Blocks. Raises LogBusy."""
+    ends = await log.end_offsets(stream)
+    deadline_s = time.monotonic() + UNDECIDED_S
+    while any(offset < end for offset, end in zip(await log.stable_offsets(stream), ends, strict=True)):
+        if time.monotonic() > deadline_s:
+            raise LogBusy("something was written and stays uncommitted", stream=stream)
+        await asyncio.sleep(_LOOK_S)
+    return ends
 
 
 def everything(_: Stored) -> bool:

@@ -39,6 +39,7 @@ class Inventory(NamedTuple):
     most_days: int
     tokens: TokenKeys
     leases: int
+    lost: tuple[str, ...]  # KEKs that keys are under and the service lacks
     stale: tuple[Stale, ...]
     rewrap_s: int
     waiting_s: int
@@ -56,6 +57,7 @@ def inventory(config: Config, store: KeyStore, now_s: int) -> Inventory:
         len(destruction_days(config.policy, now_s)),
         store.token_keys(),
         len(store.leases()),
+        tuple(store.lost()),
         tuple(
             Stale(day, since_s, since_s + config.rewrap_s + waiting_s)
             for day, since_s in sorted(store.stale_days().items())

@@ -176,9 +176,10 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise InputInvalid(f"{path.name} cannot be read: {error.strerror}") from None
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise InputInvalid(f"{path.name} is no plain file")
     with os.fdopen(handle, "rb") as file:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise InputInvalid(f"{path.name} is no plain file")
         yield file
 
 
@@ -257,7 +258,7 @@ class _Report:
         listed = self._manifest.files
         for name in sorted(set(FILES) ^ set(listed)):
             wrong.add(f"{name} is not listed" if name in FILES else "a file is listed that no report has")
-        for path in sorted(self._folder.iterdir()):
+        for path in self._folder.iterdir():
             if path.name != MANIFEST and path.name not in FILES:
                 wrong.add("there is a file that is not listed")
         for name in FILES:

@@ -16,7 +16,7 @@ from streams.officer.access import Item
 Write = Callable[[str], object]
 """Takes a piece of text."""
 
-_DIRECTIONS: Final = {"mt": "to the person", "mo": "from the person"}
+_DIRECTIONS: Final = {"mt": "outbound", "mo": "inbound"}
 _TITLES: Final = {
     "restriction": ("Restrictions", "This data is opened by nobody but the privacy officer."),
     "record": (

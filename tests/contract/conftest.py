@@ -155,6 +155,7 @@ class KeyStores(Protocol):
 
 _KEY_STORES: dict[str, Callable[[pytest.FixtureRequest], KeyStores]] = {
     "sqlite": lambda request: SqliteKeyStores(request.getfixturevalue("tmp_path")),
+    "postgres": lambda request: request.getfixturevalue("postgres_stores"),
 }
 
 

@@ -17,7 +17,8 @@ from streams.keys.audit import Auditor
 from streams.officer.access import PERSONAL, Finder, Report
 from streams.officer.office import office
 from tests.support.commands import SHORT_LEASE, Place, ago, one_line
-from tests.support.records import OTHER, PERSON, preference, reply, sms_cdr, sms_request, voice_cdr
+from tests.support.records import DEFAULT_POLICY, OTHER, PERSON, preference, reply, sms_cdr, sms_request, voice_cdr
+from tests.support.records import account as account_of
 
 STRANGER = "+14155550188"
 SPELLED = "+49 (151) 1234-5678"
@@ -153,6 +154,36 @@ def test_the_report_for_an_account_holds_that_accounts_data_and_no_other(full):
     assert access(full, "--account", "nobody-here")["summary"][0]["nothing_is_held"] is True
 
 
+def test_what_an_agreement_has_the_platform_control_is_in_its_own_report(place):
+    # Given two accounts of whose traffic and content somebody else than usual decides (KAL-1)
+    def by_agreement(account, data_class, role):
+        return account_of(
+            account,
+            f'[[account.role]]\ndata_class = "{data_class}"\nrole = "{role}"\nagreement = "MSA-1"\nfrom = 2020-01-01\n'
+            'clause = "KAL-1"\n',
+        )
+
+    place.policy(
+        DEFAULT_POLICY + by_agreement("acme", "content", "controller") + by_agreement("bank", "traffic", "processor")
+    )
+    place.publish(
+        sms_cdr(record_id="s1", occurred_at=ago()), sms_cdr(record_id="s2", account_id="bank", occurred_at=ago())
+    )
+    place.work()
+    # When
+    found = access(place)
+    # Then
+    assert {(one["stream"], one["source"]["account"]) for one in found["record"]} == {
+        ("content", "acme"), ("cdr.pii", "acme"),
+    }  # fmt: skip
+    assert {one["account"]: one["records"] for one in found["account"]} == {
+        "bank": {"cdr.pii": 1, "content": 1},
+    }  # fmt: skip
+    bank = access(place, "--account", "bank")
+    assert {one["stream"] for one in bank["record"]} == {"content", "cdr.pii"}
+    assert {one["role"] for one in bank["record"]} == {"processor"}
+
+
 def test_opt_outs_are_told_whether_they_stand_or_not(full):
     full.call("optout", "add", PERSON, "--account", "bank", "--sender", "+14155550123", "--channel", "sms")
     full.call("optout", "add", PERSON, "--channel", "voice", "--authority", "officer", "--reason", "CASE-0")
@@ -185,6 +216,7 @@ def test_what_nobody_understood_is_named_if_the_number_is_in_it_and_not_shown(fu
 )  # fmt: skip
 def test_a_number_is_found_however_it_is_spelled(text, found):
     assert Finder(PERSON).found(text) is found
+    assert Finder("+9991234567").found("tel 9991234567")  # of no country
     assert Finder("Jo@Example.org".lower()).found(f"to={text} JO@example.ORG")
 
 
@@ -240,13 +272,25 @@ def test_records_under_legal_hold_are_counted_with_the_case(full):
     assert {one["reason"] for one in access(full)["hold"]} == {"COURT-1"}
 
 
+def test_a_copy_that_names_nobody_counts_if_its_hold_names_the_person(full):
+    assert full.call("subject", "hold", PERSON, "--account", "acme", "--reason", "COURT-3").status == 0
+    assert [(one["reason"], one["records"]) for one in access(full)["hold"]] == [("COURT-3", 3)]
+    # of anybody else it cannot be told
+    found = access(full, number=OTHER)
+    assert "hold" not in found
+    assert found["not_searched"] == [{"stream": "held", "reason": "it names nobody", "records": 2}]
+
+
 def test_who_opened_the_data_in_the_past_12_months_is_told(full):
     # Given
-    assert "reveal" not in access(full, number=STRANGER)
+    unseen = access(full, number=STRANGER)
+    assert ("reveal" in unseen, unseen["summary"][0]["last_opened"]) == (False, None)
     full.tail("cdr.pii", "--reveal", "--reason", "FRAUD-9")
     # When
-    told = access(full)["reveal"]
+    found = access(full)
+    told = found["reveal"]
     # Then, without what this report opens itself
+    assert found["summary"][0]["last_opened"] == max(one["at"] for one in told)
     fraud = [one for one in told if one["reason"] == "FRAUD-9"]
     assert fraud
     assert {(one["action"], one["role"], one["stream"]) for one in fraud} == {("reveal", "dpo", "cdr.pii")}
@@ -320,13 +364,23 @@ def test_only_the_privacy_officer_of_all_accounts_may_ask(full):
 def test_the_request_is_noted_by_sid_before_anything_opens(full):
     access(full)
     entries = audit(full)
-    assert [entry["action"] for entry in entries[:2]] == ["access", "reveal"]
+    # and what is opened together is one entry: the person's records, then what is searched
+    assert [(entry["action"], entry.get("stream")) for entry in entries] == [
+        ("access", None), ("reveal", "cdr.pii"), *[("reveal", "quarantine")] * (len(entries) - 2),
+    ]  # fmt: skip
     assert entries[0]["reason"] == "CASE-1"
     assert entries[0]["sids"]
     assert set(entries[0]["sids"]) <= set(entries[1]["sids"]) | set(entries[0]["sids"])
     everything = b"".join(one.value for one in full.stored("audit"))
     for secret in (PERSON, DIGITS, OTHER, "Myself"):
         assert secret.encode() not in everything
+
+
+def test_more_records_than_are_opened_at_once_are_all_shown(full):
+    with mock.patch("streams.officer.access._OPENED_AT_ONCE", 2):
+        assert set(by_id(access(full)["record"])) == {"s1", "s2", "v1", "v2", "m1"}
+    entries = [len(entry["records"]) for entry in audit(full) if entry.get("stream") == "cdr.pii"]
+    assert entries == [2, 2, 1]
 
 
 def test_if_the_request_cannot_be_noted_nothing_opens(full, tmp_path):

@@ -576,7 +576,7 @@ def test_keys_status_shows_each_epoch_and_a_summary(call):
         ("quarantine", "platform", 1, "alive")
     ]
     assert set(keys[0]) == {"domain", "owner", "epoch", "versions", "deadline", "state"}
-    assert set(last["summary"]) == {"store", "destruction_days", "leases"}
+    assert {"store", "destruction_days", "leases"} < set(last["summary"])
     assert keys[0]["deadline"][:10] in last["summary"]["destruction_days"]
     assert last["summary"]["leases"] == 0
     assert call("keys", "status").out[0].split() == ["DOMAIN", "OWNER", "EPOCH", "VERSIONS", "DEADLINE", "STATE"]

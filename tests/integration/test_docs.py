@@ -133,6 +133,12 @@ def test_every_runnable_command_of_the_operating_guide_runs_as_it_stands(tmp_pat
     assert "fresh" in done.stdout
 
 
+def test_every_runnable_command_of_the_page_about_requests_runs_as_it_stands(tmp_path):
+    done = run_script(tmp_path, commands(ROOT / "docs" / "subject-requests.md", "sh runnable"))
+    for shown in ("erased: 1 secrets", "blocked_by_officer", "the restriction is ended", "1 records copied"):
+        assert shown in done.stdout
+
+
 def test_every_runnable_command_of_the_page_about_kafka_runs_as_it_stands(tmp_path):
     # Given a deployment on SQLite, which one of the page's sections moves
     with a_checkout(tmp_path) as folder:

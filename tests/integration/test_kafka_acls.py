@@ -37,7 +37,9 @@ from confluent_kafka.admin import (
 
 from deploy.kafka.broker import Authority, Cluster
 from schemas.catalog import BOOKMARKED, CATALOG, CUT, CUTTER, INPUTS, ROLES, TRAFFIC, WATCHER
+from schemas.errors import LogUnusable
 from streams.log import provision
+from streams.log.kafka import KafkaLog
 from tests.integration.test_provision import OnKafka
 from tests.support.commands import PATIENCE_S, eventually
 
@@ -367,6 +369,34 @@ def test_every_reader_may_share_its_streams_in_a_group_of_its_own(as_role, role)
         message = eventually(lambda: consumer.poll(1), "a record")
         assert message.error() is None
         consumer.commit(message, asynchronous=False)
+
+
+@pytest.mark.parametrize("role", ["worker", "dpo", "officer"])
+def test_an_officer_alone_cuts_dead_records_off(cluster, places, role):
+    # Given records in a partition that no other test looks at
+    place = places[NORTH]
+    producer = Producer(cluster.client(), logger=QUIET)
+    for _ in range(3):
+        producer.produce(NORTH + "held", b"dead", key=b"k", partition=1)
+    assert producer.flush(PATIENCE_S) == 0
+    secret = place.credentials / f"{role}.password"
+    settings = place.loaded.kafka._replace(username=NORTH + role, password_path=secret)
+
+    async def cut():
+        log = KafkaLog(settings, partitions=place.loaded.partitions, lease_s=10)
+        try:
+            ends = await log.end_offsets("held")
+            await log.cut("held", [0, ends[1] - 1, *[0] * (len(ends) - 2)])
+            return (await log.begin_offsets("held"))[1], ends[1]
+        finally:
+            await log.close()
+
+    if role == "officer":
+        begin, end = asyncio.run(cut())
+        assert begin == end - 1 > 1
+    else:
+        with pytest.raises(LogUnusable, match="do not allow this"):
+            asyncio.run(cut())
 
 
 # --- who gets no connection at all --------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from schemas.errors import Fenced, LogBusy, LogFull, LogUnusable
 from streams.log import sqlite
 from streams.log.protocol import Bookmark, Message, Output
 from streams.log.sqlite import SqliteLog
+from streams.state.suppressions import SuppressionTail
 
 CANARY = re.compile(rb"<canary \d{6}>")
 SPAWN = multiprocessing.get_context("spawn")
@@ -282,6 +283,73 @@ def test_a_reader_that_blocks_the_checkpoint_delays_only_the_last_step(opened, p
 
 def one_line(error):
     return "\n" not in str(error) and ":" in error.message
+
+
+@pytest.mark.parametrize("stream", ["verdicts", "audit", "cdr.anonymous", "suppressions"])
+def test_what_was_cut_off_and_stood_clear_is_in_no_file(opened, path, stream):
+    # Given rows of one message, of many, and longer than a page
+    log = opened(path, partitions=1)
+    for at in range(60):
+        values = [
+            b"<canary %06d>" % (100 * at + one) + b"." * (90_000 if at % 20 == 0 else 50) for one in range(at + 1)
+        ]
+        asyncio.run(log.append([Output(stream, 0, [Message(at, values[0][:15], (), value) for value in values])]))
+    last = asyncio.run(log.end_offsets(stream))[0] - 60
+
+    # When all but the last row is cut off, while another handle is open
+    other = opened(path)
+    begins = asyncio.run(log.cut(stream, [last]))
+
+    # Then nothing of it is left but what SQLite moved within its pages, and the rest is whole
+    left = asyncio.run(other.read(stream, 0, 0, 1000))
+    assert begins == [last]
+    assert len(left) == 60
+    kept = {one.value[:15] for one in left}
+    found = {hit for file in path.parent.iterdir() for hit in CANARY.findall(file.read_bytes())}
+    assert kept <= found
+    assert len(found - kept) <= 2
+    assert path.with_name("log.db-wal").stat().st_size == 0
+
+
+def test_others_write_while_a_long_cut_goes_on(opened, path, monkeypatch):
+    monkeypatch.setattr(sqlite, "CUT_ROWS", 1)
+    log, other = opened(path, partitions=1), opened(path)
+    for at in range(40):
+        asyncio.run(log.append([Output("content", 0, [Message(at, None, (), b"old")])]))
+    drop, written = log._main.drop, []
+
+    def dropped(*place):
+        gone = drop(*place)
+        other._main.db.execute("BEGIN IMMEDIATE")
+        other._main.insert(Output("content", 0, [Message(0, None, (), b"new")]))
+        other._main.db.execute("COMMIT")
+        written.append(gone)
+        return gone
+
+    monkeypatch.setattr(log._main, "drop", dropped)
+    asyncio.run(log.cut("content", [40]))
+    assert sum(written) == 40
+    assert [one.value for one in asyncio.run(other.read("content", 0, 0, 100))] == [b"new"] * len(written)
+
+
+def test_a_reader_of_opt_outs_goes_on_over_what_was_cut_off(opened, path):
+    # Given a reader that has seen the first of three
+    log, other = opened(path, partitions=1), opened(path)
+    tail = SuppressionTail(other, 1)
+
+    def give(token):
+        key = f"1.{token:032x}|platform|all|sms|person|out".encode()
+        value = b'{"event_at":"2026-11-21T10:00:00Z"}'
+        asyncio.run(log.append([Output("suppressions", 0, [Message(0, key, (), value)])]))
+
+    give(1)
+    assert asyncio.run(tail.catch_up()) == 1
+    for token in (2, 3):
+        give(token)
+    # When the first two are cut off / Then it takes the third, and keeps what it knows
+    asyncio.run(log.cut("suppressions", [2]))
+    assert asyncio.run(tail.catch_up()) == 1
+    assert [tail.view.get(bytes.fromhex(f"{token:032x}")) is not None for token in (1, 2, 3)] == [True, False, True]
 
 
 def test_a_log_that_is_not_there_is_made_only_on_request(opened, path):

@@ -21,16 +21,21 @@ import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import psycopg
 import pytest
 
 from deploy.kafka.broker import Authority
 from streams.config import Postgres
+from streams.keys.postgres import PostgresKeyStore
+from streams.keys.postgres_line import SCHEMA
+from streams.keys.sql import SqlKeyStore
+from streams.keys.store import KmsMaker
+from tests.support.keys import local_kms
 from tests.support.prometheus import free_port
 
 ROOT = os.geteuid() == 0
@@ -42,7 +47,7 @@ HOST = "127.0.0.1"
 PATIENCE_S = 60.0
 SETTINGS = {
     "listen_addresses": HOST,
-    "max_connections": "60",
+    "max_connections": "200",
     "shared_buffers": "64MB",
     "ssl": "on",
     "ssl_cert_file": "server.pem",
@@ -237,10 +242,7 @@ class Server:
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
         """Let every process of the server sleep meanwhile: connections stay, and nothing answers."""
-        assert self._process is not None
-        group = self._process.pid
-        children = Path(f"/proc/{group}/task/{group}/children").read_text().split()
-        everyone = [group, *map(int, children)]
+        everyone = self.pids()
         for pid in everyone:
             os.kill(pid, signal.SIGSTOP)
         try:
@@ -250,6 +252,12 @@ class Server:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGCONT)
 
+    def pids(self) -> list[int]:
+        """Return the process ids of the server and its children."""
+        assert self._process is not None
+        parent = self._process.pid
+        return [parent, *map(int, Path(f"/proc/{parent}/task/{parent}/children").read_text().split())]
+
     def log(self) -> str:
         """Return what the server has logged."""
         return (self.folder / "server.log").read_text(errors="replace")
@@ -257,8 +265,8 @@ class Server:
     def admin(self, database: str = ADMIN) -> psycopg.Connection:
         """Return a connection of the super user, which commits by itself."""
         return psycopg.connect(
-            host=HOST, port=self.port, dbname=database, user=ADMIN, password=self.password, autocommit=True,
-            sslmode="verify-full", sslrootcert=str(self.ca_path), connect_timeout=5,
+            host=str(self.folder / "s"), port=self.port, dbname=database, user=ADMIN, password=self.password,
+            autocommit=True, connect_timeout=5,
         )  # fmt: skip
 
     def new_database(self, folder: Path) -> Postgres:
@@ -316,3 +324,54 @@ def postgres(postgres_server: Server, tmp_path: Path) -> Iterator[Postgres]:
     settings = postgres_server.new_database(tmp_path)
     yield settings
     postgres_server.drop_database(settings)
+
+
+def _open(settings: Postgres, kms: KmsMaker) -> SqlKeyStore:
+    return PostgresKeyStore.open(settings, kms)
+
+
+class PostgresKeyStores:
+    """The key store in a database of its own; time passes by the server's clock."""
+
+    def __init__(self, settings: Postgres, folder: Path) -> None:
+        self.settings = settings
+        self.kms_folder = folder / "kms"
+        self.stores: list[PostgresKeyStore] = []
+
+    def open(self, **options: Any) -> PostgresKeyStore:
+        options = {"busy_timeout_s": 5.0} | options
+        self.stores.append(PostgresKeyStore.open(self.settings, local_kms(self.kms_folder), **options))
+        return self.stores[-1]
+
+    def opener(self) -> Callable[[], SqlKeyStore]:
+        return partial(_open, self.settings, local_kms(self.kms_folder))
+
+    def elapse(self, duration_s: float) -> None:
+        time.sleep(duration_s)
+
+    def run(self, query: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        with connect(self.settings) as beside:
+            cursor = beside.execute(query.replace("?", "%s"), values, binary=True)
+            return cursor.fetchall() if cursor.description else []
+
+    def close(self) -> None:
+        for store in self.stores:
+            store.close()
+
+
+def connect(settings: Postgres) -> psycopg.Connection:
+    """Return a connection beside the store, as the same user, which commits by itself."""
+    assert settings.password_path is not None
+    return psycopg.connect(
+        host=settings.host, port=settings.port, dbname=settings.database, user=settings.username, autocommit=True,
+        password=settings.password_path.read_text().strip(), sslmode="verify-full", sslrootcert=str(settings.ca_path),
+        options=f"-c search_path={SCHEMA}",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def postgres_stores(postgres: Postgres, tmp_path: Path) -> Iterator[PostgresKeyStores]:
+    """Yield a key store in a database of its own, not made yet."""
+    stores = PostgresKeyStores(postgres, tmp_path)
+    yield stores
+    stores.close()

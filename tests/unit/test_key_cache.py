@@ -43,10 +43,10 @@ class FakeStore:
         self.during_fetch()
         return found
 
-    def renew_lease(self, process_id: str, expires_s: float, seen_sequence: int) -> int:
+    def renew_lease(self, process_id: str, duration_s: float, seen_sequence: int) -> int:
         if self.busy:
             raise KeysBusy
-        self.leases[process_id] = (expires_s, seen_sequence)
+        self.leases[process_id] = (duration_s, seen_sequence)
         return self.sequence
 
     def drop_lease(self, process_id: str) -> None:
@@ -91,7 +91,7 @@ def test_a_lease_is_valid_from_its_renewal_to_its_end_and_not_before():
     assert world.lease.due(NOW)
     world.lease.renew()
     assert world.lease.valid()
-    assert world.store.leases == {"worker-1": (NOW + 30, 0)}
+    assert world.store.leases == {"worker-1": (30.0, 0)}
     world.now = NOW + 29.9
     assert world.lease.valid()
     world.now = NOW + 30
@@ -190,16 +190,17 @@ def test_an_epoch_leaves_the_ring_at_its_deadline_with_its_ciphers(world):
 
 def test_a_person_needed_past_the_day_the_secret_is_kept_to_is_asked_for_again(world):
     world.fetch(persons=[person(1)], deadline_s=NOW + 10)
-    world.fetch(persons=[person(1)], deadline_s=MIDNIGHT - 1)
-    assert len(world.store.asked) == 1
     world.fetch(persons=[person(1)], deadline_s=MIDNIGHT)
-    assert len(world.store.asked) == 2
+    assert len(world.store.asked) == 1
     world.fetch(persons=[person(1)], deadline_s=MIDNIGHT + 1)
+    assert len(world.store.asked) == 2
+    world.fetch(persons=[person(1)], deadline_s=MIDNIGHT + DAY)
     assert len(world.store.asked) == 2
 
 
 def test_a_person_leaves_the_ring_when_the_day_is_over(world):
-    ring = world.fetch(persons=[person(1)], deadline_s=NOW + 10)
+    world.now = MIDNIGHT - 60
+    ring = world.fetch(persons=[person(1)], deadline_s=MIDNIGHT - 50)
     world.now = MIDNIGHT
     world.fetch(persons=[person(2)])
     assert list(ring.persons) == [person(2)]
@@ -226,6 +227,23 @@ def test_a_destruction_seen_while_fetching_clears_what_was_kept_too(world):
     ring = world.fetch([PII], [person(1), person(2)])
     assert ring.epochs[PII].id.version == 2
     assert {found.sid[0] for found in ring.persons.values()} == {"1"}
+
+
+def test_nothing_is_used_from_memory_for_longer_than_15_minutes_after_the_first_of_it_came(world):
+    ring = world.fetch([PII], [person(1)])
+    derive(ring, PII)
+    world.now = NOW + 899
+    world.fetch([PII], [person(1), person(2)])
+    assert [list(asked.persons) for asked in world.store.asked] == [[person(1)], [person(2)]]
+    world.now = NOW + 900
+    world.fetch([PII], [person(2)])
+    assert (list(world.store.asked[2].epochs), list(ring.persons), ring.ciphers) == ([PII], [person(2)], {})
+    world.now = NOW + 1799
+    world.fetch([PII], [person(2)])
+    assert len(world.store.asked) == 3
+    world.now = NOW + 100  # a clock moved back ends it too
+    world.fetch([PII], [person(2)])
+    assert len(world.store.asked) == 4
 
 
 def test_a_store_that_cannot_be_asked_leaves_the_cache_usable(world):
@@ -279,6 +297,16 @@ def test_a_guard_refuses_without_a_valid_lease(world):
         guard()
     world.lease.renew()
     guard()
+
+
+def test_a_guard_with_a_margin_refuses_when_the_lease_may_run_out_before_the_commit_takes_effect(world):
+    world.fetch([PII])
+    world.now = NOW + 19.9
+    world.cache.guard(10)()
+    world.now = NOW + 20
+    world.cache.guard()()
+    with pytest.raises(LeaseExpired):
+        world.cache.guard(10)()
 
 
 def test_a_guard_refuses_after_a_destruction_that_the_lease_has_seen(world):

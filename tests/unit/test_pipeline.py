@@ -10,6 +10,7 @@ from processors.plan import Planner
 from processors.screen.suppression import Suppressions
 from processors.seal import Entropy
 from schemas.catalog import CATALOG
+from schemas.errors import KeysChanged
 from tests.support.records import (
     AT,
     DAY_S,
@@ -361,7 +362,7 @@ def test_without_a_key_that_cannot_be_dead_nothing_goes_out_at_all(stream):
     done = run([sms_request(), b"x", preference(), voice_request(sender=OTHER)])
     ring = a_ring(done.prepared.needs)
     ring.epochs = {ref: key for ref, key in ring.epochs.items() if ref.domain != CATALOG[stream].domain.value}
-    with pytest.raises(ValueError, match="missing from the ring"):
+    with pytest.raises(KeysChanged, match="destroyed already"):
         done.pipeline.complete(done.prepared, ring, Entropy(SEED), 1)
 
 

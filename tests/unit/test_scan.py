@@ -7,6 +7,7 @@ import pytest
 
 from processors.keyring import EpochRef, Needs, PersonRef
 from processors.seal import Entropy, Sealer
+from schemas.errors import LogBusy
 from schemas.outbound import Message, Output
 from schemas.sealed import split_envelope, take_apart
 from streams.log.protocol import Stored
@@ -69,13 +70,14 @@ def sid(person):
     return RING.persons[person].sid
 
 
-def test_a_scan_sees_each_record_once_in_order_and_stops_at_the_ends_it_saw(log, monkeypatch):
-    monkeypatch.setattr(module, "PAGE", 5)
+def test_a_scan_sees_each_record_once_in_order_and_a_page_at_a_time(log):
     filled(log, 23, 0, 9)
     advanced = []
     # When
-    found = places(scanned(log, advance=advanced.append))
+    pages = scanned(log, page_records=5, advance=advanced.append)
     # Then
+    assert {len(page) for page in pages} == {5, 4, 3}
+    found = places(pages)
     assert found == [(0, number) for number in range(23)] + [(2, number) for number in range(9)]
     assert sum(advanced) == 32
     assert max(advanced) <= 5
@@ -116,11 +118,17 @@ class Gaps:
 
     partitions = 1
 
+    def __init__(self, *stable):
+        self.stable = iter(stable)
+
     async def begin_offsets(self, _):
         return [0]
 
     async def end_offsets(self, _):
         return [10]
+
+    async def stable_offsets(self, _):
+        return [next(self.stable)]
 
     async def read(self, stream, partition, offset, limit, until=0):
         assert until == 10  # else a log that cannot see all of it would not say so
@@ -129,8 +137,22 @@ class Gaps:
 
 def test_offsets_without_a_record_are_passed_over():
     advanced = []
-    assert places(scanned(Gaps(), advance=advanced.append)) == [(0, 2), (0, 5)]
+    assert places(scanned(Gaps(10), advance=advanced.append)) == [(0, 2), (0, 5)]
     assert sum(advanced) == 10
+
+
+def test_a_scan_waits_for_who_has_written_and_not_committed(monkeypatch):
+    monkeypatch.setattr(module, "_LOOK_S", 0)
+    assert places(scanned(Gaps(0, 4, 10))) == [(0, 2), (0, 5)]
+    # and does not wait where it is told how far to go
+    assert places(scanned(Gaps(), ends=[10])) == [(0, 2), (0, 5)]
+
+
+def test_a_scan_that_cannot_see_everything_says_so(monkeypatch):
+    monkeypatch.setattr(module, "_LOOK_S", 0)
+    monkeypatch.setattr(module, "UNDECIDED_S", 0)
+    with pytest.raises(LogBusy):
+        scanned(Gaps(*[9] * 1000))
 
 
 # --- what is wanted -----------------------------------------------------------------------------------------------
