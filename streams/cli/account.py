@@ -14,20 +14,23 @@ if TYPE_CHECKING:
     from streams.officer.offboard import Leaving, Offboarded
     from streams.officer.office import Office
 
+NOT_STATED = "not-stated"
+"""The case reference of an account's hold that was given none."""
+
 
 def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Register `account`."""
     noun = subparsers.add_parser("account", help="put an account under legal hold, or end its keys when it leaves")
     verbs = noun.add_subparsers(dest="verb", required=True, metavar="VERB")
     holding = verbs.add_parser("hold", help="keep an account's communications beyond their time, until released")
-    add_period(holding)
     holding.set_defaults(run=_hold)
     releasing = verbs.add_parser("release", help="end a legal hold, and destroy what only it had kept")
     add_choice(releasing)
     releasing.set_defaults(run=_release)
     for verb in (holding, releasing):
+        add_period(verb)
         verb.add_argument("account", metavar="ACCOUNT")
-        verb.add_argument("--reason", metavar="REASON", required=True, help="a code or case reference; logged")
+        verb.add_argument("--reason", metavar="REASON", default=NOT_STATED, help="a code or case reference; logged")
         verb.add_argument("--json", action="store_true", help="one JSON object")
     leaving = verbs.add_parser("offboard", help="destroy an account's keys when its agreement ends (CAL-7); or list")
     leaving.add_argument("account", metavar="ACCOUNT", nargs="?", help="without it: the accounts that left or will")
@@ -56,10 +59,12 @@ def _hold(args: argparse.Namespace) -> int:
 
 
 def _release(args: argparse.Namespace) -> int:
+    account, within = plain(args.account), period(args)
+
     async def work(office: "Office") -> None:
         from streams.officer.holds import release_account
 
-        print_released(args, await release_account(office, plain(args.account), args.reason, args.hold))
+        print_released(args, await release_account(office, account, args.reason, args.hold, within))
 
     return at_desk(args, work)
 

@@ -172,12 +172,13 @@ class SqliteKeyStore(SqlKeyStore):
         self._run_many("INSERT OR IGNORE INTO person_days VALUES (?, ?)", [(month, kek) for kek in keks])
 
     def _move_persons(self, moves: list[tuple[str, bytes, Row]]) -> None:
-        for kek, wrapped, row in moves:
-            table = self._months().get(row[2])
-            if table is not None:
-                self._note_days(row[2], [kek])
-                query = f"UPDATE {table} SET kek = ?, wrapped = ? WHERE sid = ? AND kek < ?"
-                self._db.execute(query, (kek, wrapped, row[3], kek))
+        places = {(row[2], kek) for kek, _, row in moves}
+        for month in {month for month, _ in places} & self._months().keys():
+            self._note_days(month, [kek for of, kek in places if of == month])
+            self._run_many(
+                f"UPDATE {self._months()[month]} SET kek = ?, wrapped = ? WHERE sid = ? AND kek < ?",
+                [(kek, wrapped, row[3], kek) for kek, wrapped, row in moves if row[2] == month],
+            )
 
     def _forget_persons(self, rows: Collection[Row]) -> None:
         for month, some in _by_month(rows):

@@ -109,12 +109,17 @@ class Kms(Protocol):
     second, and so on.
     """
 
-    calls: int
-    """Requests that went to the service since it was opened."""
-    check: bytes
-    """What names the service's root of trust; a store keeps it to notice that it was opened beside another."""
-    waiting_period_s: int
-    """So long the service can still undo a deletion; 0: it cannot."""
+    @property
+    def calls(self) -> int:
+        """Requests that went to the service since it was opened."""
+
+    @property
+    def check(self) -> bytes:
+        """What names the service's root of trust; a store keeps it to notice that it was opened beside another."""
+
+    @property
+    def waiting_period_s(self) -> int:
+        """So long the service can still undo a deletion; 0: it cannot."""
 
     def trusts(self, check: bytes) -> bool:
         """Return whether `check` names this service, before or after a rotation of its root that is under way."""
@@ -156,7 +161,10 @@ class KeyStore(Protocol):
 
     store_id: str
     kms: Kms
-    ledger: Ledger
+
+    @property
+    def ledger(self) -> Ledger:
+        """The officers' tables."""
 
     def sequence(self) -> int:
         """Return the destruction sequence: it grows with each destruction, re-wrap and change of token key."""

@@ -160,10 +160,15 @@ async def release_person(office: Office, person: Person, owner: str, reason: str
     return await _release(office, _chosen(person_holds(office, person, owner), reason, hold), reason)
 
 
-async def release_account(office: Office, account: str, reason: str, hold: str | None) -> int:
-    """End a hold of an account; as `release_person`."""
+async def release_account(
+    office: Office, account: str, reason: str, hold: str | None, period: tuple[int | None, int | None] = (None, None)
+) -> int:
+    """End a hold of an account, of this period if one is given; else as `release_person`."""
     case(reason)
-    return await _release(office, _chosen(account_holds(office, account), reason, hold), reason)
+    found = account_holds(office, account)
+    if period != (None, None):
+        found = [mark for mark in found if (mark.from_s, mark.to_s) == period]
+    return await _release(office, _chosen(found, reason, hold), reason)
 
 
 async def _release(office: Office, mark: Mark | None, reason: str) -> int:

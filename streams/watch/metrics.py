@@ -44,6 +44,7 @@ _STAGE_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 
 _ARRIVAL_BUCKETS_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5, 15, 60, 300, 3600, 21_600, 86_400)
 _SEALED = tuple(name for name, row in CATALOG.items() if row.domain is not None)
 _OUTPUTS = tuple(name for name, row in CATALOG.items() if "worker" in row.writers)
+_KMS_CALLS = ("wrap", "unwrap", "destroy", "names", "rotate_root", "counter", "raise_counter")
 _KINDS = ("request", "cdr", "preference")
 _T = TypeVar("_T", bound=MetricWrapperBase)
 
@@ -132,7 +133,7 @@ KEY_CACHE = Row("streamveil_key_cache_entries", "gauge", "keys",
 KMS = Row("streamveil_kms_calls_total", "counter", "calls",
           "Calls of the key management service: ok, retriable (they are tried again) or failed.",
           ("operation", "outcome"),
-          tuple(product(("wrap", "unwrap", "destroy", "days"), ("ok", "retriable", "failed"))))  # fmt: skip
+          tuple(product(_KMS_CALLS, ("ok", "retriable", "failed"))))  # fmt: skip
 BEHIND = Row("streamveil_suppressions_behind_records", "gauge", "records",
              "Records of suppressions that are written and could not be read; nothing is cleared meanwhile.",
              mode="livemax")  # fmt: skip
@@ -341,8 +342,24 @@ class _CountedKms:
         self._of = kms
         self._calls = calls
 
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._of, name)
+    @property
+    def calls(self) -> int:
+        """Requests that went to the service."""
+        return self._of.calls
+
+    @property
+    def check(self) -> bytes:
+        """What names the root of trust."""
+        return self._of.check
+
+    @property
+    def waiting_period_s(self) -> int:
+        """So long the service can undo a deletion."""
+        return self._of.waiting_period_s
+
+    def trusts(self, check: bytes) -> bool:
+        """Return whether `check` names this service."""
+        return self._of.trusts(check)
 
     @contextmanager
     def _counted(self, operation: str) -> Iterator[None]:
@@ -356,25 +373,44 @@ class _CountedKms:
         finally:
             self._calls[operation, outcome].inc()
 
-    def wrap(self, day: str, plaintext: bytes) -> bytes:
-        """Return the plaintext wrapped under the day's KEK."""
+    def wrap(self, name: str, plaintext: bytes) -> bytes:
+        """Return the plaintext wrapped under a KEK."""
         with self._counted("wrap"):
-            return self._of.wrap(day, plaintext)
+            return self._of.wrap(name, plaintext)
 
-    def unwrap(self, day: str, wrapped: bytes) -> bytes:
+    def unwrap(self, name: str, wrapped: bytes) -> bytes:
         """Return what was wrapped."""
         with self._counted("unwrap"):
-            return self._of.unwrap(day, wrapped)
+            return self._of.unwrap(name, wrapped)
 
-    def destroy(self, day: str) -> None:
-        """Delete the day's KEK for good."""
+    def destroy(self, name: str) -> None:
+        """Delete a KEK for good."""
         with self._counted("destroy"):
-            self._of.destroy(day)
+            self._of.destroy(name)
 
-    def days(self) -> list[str]:
-        """Return the days that have a KEK, in order."""
-        with self._counted("days"):
-            return self._of.days()
+    def names(self) -> list[str]:
+        """Return the names of the KEKs there are, in order."""
+        with self._counted("names"):
+            return self._of.names()
+
+    def rotate_root(self) -> None:
+        """Replace what the KEKs are wrapped by."""
+        with self._counted("rotate_root"):
+            self._of.rotate_root()
+
+    def counter(self) -> int:
+        """Return the destruction counter."""
+        with self._counted("counter"):
+            return self._of.counter()
+
+    def raise_counter(self, value: int) -> None:
+        """Raise the counter to at least `value`."""
+        with self._counted("raise_counter"):
+            self._of.raise_counter(value)
+
+    def close(self) -> None:
+        """Free what is held."""
+        self._of.close()
 
 
 # --- denied openings: by any process on this machine that opens something ----------------------------------------

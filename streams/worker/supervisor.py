@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import orjson
 
@@ -25,7 +24,7 @@ from schemas.errors import Action, Fatal, Retriable, StreamveilError, action_for
 from streams.config import Config
 from streams.deployment import Deployment, worker_slot
 from streams.keys.opening import store_exists
-from streams.keys.store import KeyStore, Kms
+from streams.keys.store import KeyStore
 from streams.watch.overdue import LOOK_EVERY_S, overdue
 from streams.watch.watch import FOLDER_VARIABLE, Watch, Watched
 from streams.worker.selftest import selftest
@@ -95,8 +94,7 @@ async def _opened(
     """
     async with AsyncExitStack() as opened:
         deployment = await opened.enter_async_context(Deployment.open(config, busy_s=config.lease_s / 2))
-        if isinstance(deployment.store, _HasKms):
-            deployment.store.kms = watch.of_kms(deployment.store.kms)
+        deployment.store.kms = watch.of_kms(deployment.store.kms)
         registries = deployment.registries()
         selftest(config.policy, registries, int(time.time()))
         cache, lease = deployment.keys()
@@ -138,13 +136,6 @@ async def _overdue_told(store: KeyStore, watch: Watch) -> AsyncIterator[None]:
             looking.cancel()
             with suppress(asyncio.CancelledError):
                 await looking
-
-
-@runtime_checkable
-class _HasKms(Protocol):
-    """A key store that calls a key management service."""
-
-    kms: Kms
 
 
 def is_watched(config: Config) -> bool:

@@ -173,6 +173,16 @@ def test_destroying_one_generation_leaves_the_next_and_all_other_days(services, 
     assert kms.unwrap(f"{DAY}.3", kms.wrap(f"{DAY}.3", KEY)) == KEY
 
 
+def test_a_generation_before_one_that_was_destroyed_is_not_made_any_more(services, store_id):
+    kms = services.create(store_id)
+    kms.destroy(f"{DAY}.3")
+    for name in (DAY, f"{DAY}.2", f"{DAY}.3"):
+        with pytest.raises(KmsRefuses):
+            kms.wrap(name, KEY)
+    kms.wrap(f"{DAY}.4", KEY)
+    assert kms.names() == [f"{DAY}.4"]
+
+
 def test_destroying_twice_and_what_never_was_is_the_same_as_once(services, store_id):
     kms = services.create(store_id)
     kms.wrap(NEXT, KEY)

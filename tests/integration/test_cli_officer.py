@@ -5,6 +5,7 @@ import stat
 import subprocess
 import sys
 import time
+from datetime import datetime, timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -577,7 +578,8 @@ def test_keys_status_shows_each_epoch_and_a_summary(call):
     ]
     assert set(keys[0]) == {"domain", "owner", "epoch", "versions", "deadline", "state"}
     assert {"store", "destruction_days", "leases"} < set(last["summary"])
-    assert keys[0]["deadline"][:10] in last["summary"]["destruction_days"]
+    day_before = datetime.fromisoformat(keys[0]["deadline"]) - timedelta(seconds=1)
+    assert day_before.date().isoformat() in last["summary"]["destruction_days"]
     assert last["summary"]["leases"] == 0
     assert call("keys", "status").out[0].split() == ["DOMAIN", "OWNER", "EPOCH", "VERSIONS", "DEADLINE", "STATE"]
 

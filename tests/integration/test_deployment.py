@@ -5,7 +5,7 @@ from argparse import Namespace
 
 import pytest
 
-from schemas.errors import KeysUnusable
+from schemas.errors import InputInvalid, KeysUnusable
 from schemas.outbound import Message, Output
 from streams.config import load
 from streams.deployment import Deployment, open_log
@@ -41,3 +41,25 @@ def test_a_log_that_has_input_only_gets_a_key_store(tmp_path):
     config = config_in(tmp_path)
     asyncio.run(append(config, "traffic"))
     assert asyncio.run(opened(config)) == asyncio.run(opened(config))
+
+
+def test_no_commit_that_brokers_take_on_late_comes_after_its_key_lease(tmp_path):
+    # Given a transaction time-out that leaves no room within the lease
+    (tmp_path / "streamveil.toml").write_text(
+        "key_lease_s = 30\n[kafka]\nplaintext = true\ntransaction_timeout_ms = 16000\n"
+    )
+    args = Namespace(config=str(tmp_path / "streamveil.toml"), log="kafka://127.0.0.1:9092")
+    with pytest.raises(InputInvalid, match="key_lease_s must be at least twice"):
+        load(args)
+    # and one that does: so long before the end of its lease a worker begins no commit
+    (tmp_path / "streamveil.toml").write_text(
+        "key_lease_s = 30\n[kafka]\nplaintext = true\ntransaction_timeout_ms = 9000\n"
+    )
+    config = load(args)
+    local = config_in(tmp_path)
+
+    async def margins():
+        async with Deployment.open(local) as deployment:
+            return deployment.margin_s, Deployment(config, deployment.log, deployment.store).margin_s
+
+    assert asyncio.run(margins()) == (0.0, 9.0)

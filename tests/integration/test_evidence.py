@@ -12,6 +12,7 @@ import pytest
 
 from schemas.errors import InputInvalid
 from schemas.fields import normalise
+from streams.keys.audit import Auditor
 from streams.keys.ledger import Mark, Request
 from streams.officer import evidence
 from streams.officer.office import office
@@ -265,7 +266,7 @@ def test_what_stands_in_the_page_is_escaped():
     assert 'class="wrong">Exceptions: 1' in text
 
 
-@pytest.mark.parametrize(("every", "first"), [(1, 10), (13, 30)])
+@pytest.mark.parametrize(("every", "first"), [(1, 10), (13, 30), (13, 36)])
 def test_a_window_of_the_past_holds_the_entries_of_that_time_and_what_covers_them(place, monkeypatch, every, first):
     """Reports of one month after the other, with checkpoints in between."""
     begin_s = int(time.time()) - 40 * DAY_S
@@ -273,7 +274,8 @@ def test_a_window_of_the_past_holds_the_entries_of_that_time_and_what_covers_the
     monkeypatch.setattr(evidence.time, "time", lambda: clock[0])
 
     async def write(deployment, day):
-        await evidence_auditor(deployment, lambda: clock[0]).write(f"day-{day}", reason="CASE-1")
+        deployment._auditor = auditor_at(deployment, lambda: clock[0])
+        await deployment.auditor().write(f"day-{day}", reason="CASE-1")
         if day % every == 0:
             await evidence.checkpoint(deployment)
 
@@ -299,10 +301,8 @@ def test_a_window_of_the_past_holds_the_entries_of_that_time_and_what_covers_the
     assert len(lines(made.folder, "checkpoints.ndjson")) < 8
 
 
-def evidence_auditor(deployment, clock):
-    from streams.keys.audit import Auditor
-
-    return Auditor(deployment.log, deployment.store.ledger, deployment.planner, "ana", clock)
+def auditor_at(deployment, clock):
+    return Auditor(deployment.log, deployment.store.ledger, deployment.planner, deployment.who().name, clock)
 
 
 async def _forget_heads(deployment):

@@ -527,6 +527,16 @@ def test_a_period_that_ends_before_it_begins_is_refused(known):
     assert "ends before it begins" in one_line(known.call("account", "hold", "acme", "--reason", "X", *words))
 
 
+def test_of_an_accounts_holds_the_one_of_the_period_is_released_and_no_reason_is_needed(known):
+    first, second = ("--from", days_ago(3)), ("--from", days_ago(2))
+    for period in (first, second):
+        known.call("account", "hold", "acme", *period)
+    assert "several" in one_line(known.call("account", "release", "acme"))
+    assert call(known, "account", "release", "acme", *first)["released"] == 1
+    assert call(known, "account", "release", "acme", *first)["released"] == 0
+    assert call(known, "account", "release", "acme")["released"] == 1
+
+
 @pytest.mark.parametrize("account", ["platform", "a/b", ""])
 def test_what_cannot_be_an_account_is_refused(known, account):
     one_line(known.call("account", "hold", account, "--reason", "X"))

@@ -168,6 +168,11 @@ def test_users_of_a_shared_role_work_together_and_others_have_no_right(postgres_
             assert first.bury_day(LATER_DAY, LATER + DAY).persons == 3
         with pytest.raises(KeysUnusable, match="lacks a right"):
             PostgresKeyStore.open(stranger, kms)
+        with postgres_server.admin() as admin:
+            admin.execute(f"REVOKE ALL ON DATABASE {database} FROM PUBLIC")
+        with pytest.raises(KeysUnusable, match="may not use the database"):
+            PostgresKeyStore.open(stranger, kms)
+        PostgresKeyStore.open(officer, kms).close()
     finally:
         with postgres_server.admin() as admin:
             for user in users:

@@ -143,13 +143,7 @@ def keys_of(place):
 @pytest.mark.parametrize("scope", [("--sender", "ACME"), ("--campaign", SPRING)])
 def test_an_entry_whose_sender_or_campaign_is_not_known_gets_wider_and_never_lost(place, scope):
     # Given an entry as earlier versions wrote it, and as an import of an export writes it: the token is all there is
-    add(place, PERSON, "--account", "acme", *scope)
-    path = place.folder / "export.csv"
-    assert place.call("optout", "export", path, "--reason", "MOVE-1").status == 0
-    assert place.call("optout", "remove", PERSON, "--account", "acme", *scope).status == 0
-    assert screened(place, PERSON) is None
-    time.sleep(1.1)
-    assert place.call("optout", "import", path).status == 0
+    imported(place, PERSON, *scope)
     # When
     done = rotate(place)
     # Then
@@ -162,6 +156,36 @@ def test_an_entry_whose_sender_or_campaign_is_not_known_gets_wider_and_never_los
     # and it is lifted as any other of the account
     assert place.call("optout", "remove", PERSON, "--account", "acme").status == 0
     assert screened(place, PERSON) is None
+
+
+def test_what_got_wider_is_not_lifted_by_a_lift_of_what_it_was_or_of_the_account_before_the_switch(place):
+    # Given entries of a sender whose name is not known, one of the account, and the first copy
+    imported(place, PERSON, "--sender", "ACME")
+    imported(place, OTHER, "--sender", "ACME")
+    add(place, PERSON, "--account", "acme")
+
+    async def half(deployment):
+        return await Copy(deployment, 1, deployment.store.add_token_key()).run()
+
+    assert place.within(half)[1] == 4
+    # When both are lifted before the switch
+    for number, scope in ((PERSON, ()), (OTHER, ("--sender", "ACME"))):
+        assert place.call("optout", "remove", number, "--account", "acme", *scope).out.startswith("lifted")
+    rotate(place)
+    # Then the wider ones stand
+    assert [screened(place, number, sender="ACME") for number in (PERSON, OTHER)] == ["opted_out"] * 2
+
+
+def imported(place, number, *scope):
+    """Opt a person out as an import does: of a sender or campaign of which the token is all there is."""
+    add(place, number, "--account", "acme", *scope)
+    path = place.folder / f"export-{number}.csv"
+    assert place.call("optout", "export", path, "--reason", "MOVE-1").status == 0
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([lines[0], *(line for line in lines if line.startswith(number))]))
+    assert place.call("optout", "remove", number, "--account", "acme", *scope).status == 0
+    time.sleep(1.1)
+    assert place.call("optout", "import", path, "--json").lines[0]["written"] == 2
 
 
 def test_an_export_from_before_is_not_understood_for_senders_and_is_for_all_else(place):
@@ -354,6 +378,32 @@ def test_a_stopped_worker_is_waited_for_until_its_lease_runs_out_and_commits_not
     assert screened(place, PERSON) == "opted_out"
 
 
+def test_an_egress_gateway_that_goes_on_opens_nothing_meanwhile_and_sees_every_opt_out_afterwards(place):
+    # Given a gateway at work
+    place.publish(*(sms_request(record_id=f"r-{at}", recipient=OTHER, occurred_at=ago()) for at in range(3)))
+    place.work()
+
+    async def gateway(deployment):
+        revealer = deployment.revealer()
+        pages = [await deployment.log.read("cleared", partition, 0, 10) for partition in range(4)]
+        page = [stored for some in pages for stored in some]
+        found = [(await revealer.open_batch(page[:1]))[0]]
+        deployment.store.add_token_key()
+        deployment.store.hold_tokens()
+        with pytest.raises(TokensChange):
+            await revealer.open_batch(page[1:2])
+        await rotate_tokens(deployment)
+        found += await revealer.open_batch(page[1:2])
+        deployment.refresh_tokens()
+        opt_outs = OptOuts(deployment)
+        await opt_outs.catch_up()
+        await opt_outs.add([Entry(OTHER)], int(time.time()))
+        found += await revealer.open_batch(page[2:])
+        return [(one.state.value, one.reason) for one in found]
+
+    assert place.within(gateway) == [("revealed", None), ("revealed", None), ("denied", "opted_out")]
+
+
 # --- people ------------------------------------------------------------------------------------------------------
 
 
@@ -366,7 +416,7 @@ def known(deployment, number, month="2026-11"):
     return deployment.store.fetch(needs, now_s).persons[ref].sid
 
 
-def test_restrictions_and_holds_follow_the_person(place):
+def test_restrictions_and_holds_follow_the_person(place, monkeypatch):
     async def mark(deployment):
         number, token = PERSON, deployment.tokens.of(PERSON)
         ledger = deployment.store.ledger
@@ -375,7 +425,20 @@ def test_restrictions_and_holds_follow_the_person(place):
         return known(deployment, number)
 
     old = place.within(mark)
-    rotate(place)
+    seen = []
+
+    async def watched(deployment):
+        switch, ledger = deployment.store.switch_tokens, deployment.store.ledger
+
+        def switching():
+            seen.append(len(ledger.marks("restriction")[0].tokens))
+            return switch()
+
+        monkeypatch.setattr(deployment.store, "switch_tokens", switching)
+        await rotate_tokens(deployment)
+
+    place.within(watched)
+    assert seen == [2]  # before the switch: there is no moment without
 
     async def restricted(deployment):
         new = known(deployment, PERSON)

@@ -157,7 +157,7 @@ def test_the_time_from_arrival_to_commit_is_that_of_every_record(monkeypatch):
 
 def test_the_calls_of_the_key_management_service_are_counted_by_their_outcome():
     class Kms:
-        check = b"c"
+        check, calls, waiting_period_s = b"c", 7, 30
 
         def wrap(self, day, plaintext):
             return day.encode() + plaintext
@@ -168,22 +168,38 @@ def test_the_calls_of_the_key_management_service_are_counted_by_their_outcome():
         def destroy(self, day):
             pass
 
-        def days(self):
+        def names(self):
             return ["never"]
+
+        def trusts(self, check):
+            return check == self.check
+
+        def counter(self):
+            return 5
+
+        def raise_counter(self, value):
+            assert value == 6
+
+        rotate_root = close = counter
 
     registry = CollectorRegistry()
     kms = Metrics(registry).of_kms(Kms())
-    assert (kms.wrap("d", b"k"), kms.days(), kms.check) == (b"dk", ["never"], b"c")
+    assert (kms.wrap("d", b"k"), kms.names(), kms.counter()) == (b"dk", ["never"], 5)
+    assert (kms.check, kms.calls, kms.waiting_period_s, kms.trusts(b"c")) == (b"c", 7, 30, True)
+    kms.raise_counter(6)
+    kms.rotate_root()
+    kms.close()
     for day in ("busy", "gone", "gone"):
         with pytest.raises((KeysBusy, KeysUnusable)):
             kms.unwrap(day, b"")
     counted = {
         (operation, outcome): value(registry, "streamveil_kms_calls_total", operation=operation, outcome=outcome)
-        for operation in ("wrap", "unwrap", "destroy", "days")
+        for operation in ("wrap", "unwrap", "destroy", "names", "rotate_root", "counter", "raise_counter")
         for outcome in ("ok", "retriable", "failed")
     }
     assert {at: count for at, count in counted.items() if count} == {
-        ("wrap", "ok"): 1, ("days", "ok"): 1, ("unwrap", "retriable"): 1, ("unwrap", "failed"): 2,
+        ("wrap", "ok"): 1, ("names", "ok"): 1, ("unwrap", "retriable"): 1, ("unwrap", "failed"): 2,
+        ("counter", "ok"): 1, ("raise_counter", "ok"): 1, ("rotate_root", "ok"): 1,
     }  # fmt: skip
 
 
