@@ -256,8 +256,7 @@ class SqlLedger:
                 f"FROM requests {'' if closed else 'WHERE closed_s IS NULL'} ORDER BY due_s, received_s, id"
             )
         return [
-            Request._make((*head, orjson.loads(notify), closed_s, outcome))
-            for *head, notify, closed_s, outcome in rows
+            Request._make((*head, orjson.loads(notify), closed_s, outcome)) for *head, notify, closed_s, outcome in rows
         ]
 
     def add_correction(self, stream: str, partition: int, offset: int, at_offset: int) -> None:

@@ -1,14 +1,9 @@
 """Opens the key store that a configuration names, with its key management service."""
 
-from collections.abc import Callable
-
 from streams.config import Config
 from streams.keys.kms_local import LocalKms
 from streams.keys.sqlite import SqliteKeyStore
-from streams.keys.store import KeyStore, Kms
-
-KmsMaker = Callable[[str, bool], Kms]
-"""Store id, and whether the store is being made (its root of trust is made with it) → its service."""
+from streams.keys.store import KeyStore, KmsMaker
 
 
 def kms_of(config: Config) -> KmsMaker:

@@ -163,6 +163,15 @@ class PostgresKeyStore(SqlKeyStore):
                     for chunk in chunks(self._look(query, (month, keks)), STEP):
                         yield list(chunk)
 
+    def _sids_of(self, owner: str) -> Iterator[list[bytes]]:
+        with self._transaction(Mode.READ):
+            months = self._partitions()
+        for month in months:
+            for pages in self._pages(month):
+                rows = self._look(f"SELECT sid FROM persons WHERE {pages} AND (owner = ?) IS TRUE", (month, owner))
+                for chunk in chunks(rows, STEP):
+                    yield [bytes(sid) for (sid,) in chunk]
+
     def _bury_persons(self, day: str) -> int:
         under, bounds = "kek > ? AND kek < ?", (f"{day}.", f"{day}/")  # the character after the dot
         buried = 0

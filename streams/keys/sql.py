@@ -493,12 +493,8 @@ class SqlKeyStore(ABC):
 
     def sids_of(self, owner: str) -> Iterator[list[str]]:
         """Yield the sids of all secrets of an owner, a step at a time, which may be destroyed in between."""
-        with self._transaction(Mode.READ):
-            keks = [kek for (kek,) in self._run("SELECT kek FROM wrapping_keys ORDER BY kek")]
-        for rows in self._persons_under(keks):
-            sids = [row[3].hex() for row in rows if row[0] == owner]
-            if sids:
-                yield sids
+        for sids in self._sids_of(owner):
+            yield [sid.hex() for sid in sids]
 
     def due_days(self, now_s: int) -> list[str]:
         """Return the destruction days that are over at `now_s` and not buried yet, oldest first."""
@@ -949,6 +945,13 @@ class SqlKeyStore(ABC):
         """Yield all rows under the generations, about `STEP` at a time, each read in a transaction of its own.
 
         Not called inside a transaction. Between two, rows may be moved (`_move_persons`) or go; none is added.
+        """
+
+    @abstractmethod
+    def _sids_of(self, owner: str) -> Iterator[list[bytes]]:
+        """Yield the sids of an owner's rows, up to `STEP` at a time, each read in a transaction of its own.
+
+        Not called inside a transaction. Between two, rows may go. None is missed but what is added meanwhile.
         """
 
     @abstractmethod

@@ -208,6 +208,24 @@ class SqliteKeyStore(SqlKeyStore):
                 last = rows[-1][0]
                 yield [row[1:] for row in rows]
 
+    def _sids_of(self, owner: str) -> Iterator[list[bytes]]:
+        with self._transaction(Mode.READ):
+            months = list(self._months())
+        for month in months:
+            last = 0
+            while True:
+                with self._transaction(Mode.READ):
+                    table = self._months().get(month)
+                    query = (
+                        f"SELECT rowid, sid FROM {table} WHERE rowid > ? AND owner = ? AND kek <> ? "
+                        f"ORDER BY rowid LIMIT {STEP}"
+                    )
+                    rows = [] if table is None else self._run(query, (last, owner, GONE))
+                if not rows:
+                    break
+                last = rows[-1][0]
+                yield [sid for _, sid in rows]
+
     def _bury_persons(self, day: str) -> int:
         low, high = f"{day}.", f"{day}/"  # around the generations of the day
         with self._transaction(Mode.READ):

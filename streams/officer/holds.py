@@ -14,7 +14,6 @@ Rules of this file:
   copied again.
 """
 
-import asyncio
 import os
 import secrets
 import time
@@ -29,7 +28,7 @@ from processors.plan import Template
 from processors.retention import DAY_S, instant
 from processors.seal import ENTROPY_BYTES, Entropy, Sealer
 from schemas.catalog import Domain
-from schemas.errors import InputInvalid, KeysUnusable, LogBusy, LogUnusable
+from schemas.errors import InputInvalid, KeysUnusable, LogUnusable
 from schemas.fields import PLATFORM, is_account
 from schemas.outbound import Message, Output
 from schemas.sealed import KeyId, Sealed, take_apart
@@ -41,7 +40,7 @@ from streams.keys.store import NEVER, Gone
 from streams.log.protocol import Log, Stored
 from streams.officer.office import ROLE, Office, Person
 from streams.officer.requests import case
-from streams.officer.scan import Wanted, naming, of_account, scan
+from streams.officer.scan import Wanted, decided, naming, of_account, scan
 
 STREAM: Final = "held"
 COVERED: Final = ("cdr.pii", "content", "review")
@@ -52,8 +51,6 @@ _PAGE: Final = 500
 """Records copied, read back and noted at once."""
 _ID_DIGITS: Final = 6
 """So much of an id must be given at least."""
-_UNDECIDED_S: Final = 30.0
-_LOOK_S: Final = 0.05
 
 Advance = Callable[[int], None]
 """Told of records read."""
@@ -216,7 +213,7 @@ async def standing_in_the_way(office: Office, person: Person, owner: str, advanc
         return None
     wants = [(mark, _broadly(mark, ())) for mark in marks]
     for stream in COVERED:
-        ends = await _decided(deployment.log, stream)
+        ends = await decided(deployment.log, stream)
         theirs = naming(office.sids(person, owner))
         async for page in scan(deployment.log, stream, theirs, ends=ends, advance=advance):
             for stored in page:
@@ -285,7 +282,7 @@ class _Copier:
     async def _find_copies(self) -> None:
         """Find the copies that a run that was killed may have made without noting them."""
         noted = [self.ledger.progress(_job(self.mark, STREAM, p)) for p in range(self.log.partitions)]
-        ends = await _decided(self.log, STREAM)
+        ends = await decided(self.log, STREAM)
         if all(offset is None for offset in noted):
             await self._note_copies(ends)
             return
@@ -300,7 +297,7 @@ class _Copier:
     async def _stream(self, stream: str, advance: Advance) -> None:
         mark = self.mark
         begins = [self.ledger.progress(_job(mark, stream, p)) or 0 for p in range(self.log.partitions)]
-        ends = await _decided(self.log, stream)
+        ends = await decided(self.log, stream)
         # who is in what lies before these ends had a secret before it was sealed, so all of it is asked for now
         sids = {one.sid for one in self.store.persons_of(mark.tokens) if one.owner == mark.owner} if mark.tokens else ()
         async for page in scan(self.log, stream, _broadly(mark, sids), begins=begins, ends=ends, advance=advance):
@@ -389,7 +386,7 @@ class _Copier:
     async def _compare(self, partition: int, begin: int, fields: dict[tuple[str, int, int], dict[str, object]]) -> None:
         """Read the copies back with keys from the store, and compare. Raises KeysUnusable if one is not as it was."""
         begins, ends = [0] * self.log.partitions, [0] * self.log.partitions
-        begins[partition], ends[partition] = begin, (await _decided(self.log, STREAM))[partition]
+        begins[partition], ends[partition] = begin, (await decided(self.log, STREAM))[partition]
         found: set[tuple[str, int, int]] = set()
         async for page in scan(self.log, STREAM, _of_hold(self.mark), begins=begins, ends=ends):
             rows = [(stored, _sealed(stored)) for stored in page if _source(stored) in fields]
@@ -485,16 +482,3 @@ def _key_ids(names: Iterable[str]) -> set[KeyId]:
         except ValueError:  # `open_sealed` says that the record is corrupt
             continue
     return ids
-
-
-async def _decided(log: Log, stream: str) -> list[int]:
-    """Return the ends of a stream once all before them is committed or never will be. Blocks. Raises LogBusy."""
-    ends = await log.end_offsets(stream)
-    deadline_s = time.monotonic() + _UNDECIDED_S
-    while True:
-        stable = await log.stable_offsets(stream)
-        if all(offset >= end for offset, end in zip(stable, ends, strict=True)):
-            return ends
-        if time.monotonic() > deadline_s:
-            raise LogBusy("something was written and stays uncommitted", stream=stream)
-        await asyncio.sleep(_LOOK_S)

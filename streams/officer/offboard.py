@@ -157,11 +157,13 @@ async def _destroy(deployment: Deployment, leaving: Leaving, now_s: int, *, dry:
         await auditor.write("destroy", destroyed={"epochs": named}, why="offboarded", account=leaving.account)
         for ref in refs[at : at + _BATCH]:
             await again(partial(store.destroy_epoch, ref))
-    persons = 0
-    for sids in store.sids_of(leaving.account) if look else ():
-        await auditor.write("destroy", destroyed={"sids": sids}, why="offboarded", account=leaving.account)
-        await again(partial(store.destroy_sids, sids))
-        persons += len(sids)
+    persons, before = 0, -1
+    while look and persons > before:  # until a look finds nobody
+        before = persons
+        for sids in store.sids_of(leaving.account):
+            await auditor.write("destroy", destroyed={"sids": sids}, why="offboarded", account=leaving.account)
+            await again(partial(store.destroy_sids, sids))
+            persons += len(sids)
     if look:
         store.ledger.set_progress(name, leaving.terminated_s)
     return len(refs), persons

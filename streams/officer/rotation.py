@@ -215,7 +215,7 @@ def _lacking(new: tuple[State, str | None] | None, old: State, reason: str | Non
             yield State(out=False, event_s=state.event_s + 1)
         if later or state != old or why != reason:
             yield old
-    elif state is not None and state.out:
+    elif state is not None and state.out and not wide:
         yield State(out=False, event_s=max(old.event_s, state.event_s + 1))
 
 

@@ -430,7 +430,7 @@ def test_what_was_sealed_before_a_person_was_destroyed_is_not_committed_after(pl
     eventually(flag.exists, "it is sealed")
 
     async def destroy(deployment):
-        deployment.store.destroy_person(PLATFORM, deployment.tokens.of(PERSON))
+        deployment.store.destroy_persons(PLATFORM, [deployment.tokens.of(PERSON)])
 
     place.within(destroy)
     go.touch()

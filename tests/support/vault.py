@@ -69,7 +69,7 @@ class Server:
             self.port: int = free.getsockname()[1]
         self.address = f"https://{LOOPBACK}:{self.port}"
         self._process: subprocess.Popen | None = None
-        self._stopped = False
+        self._waker: subprocess.Popen | None = None
         self.admin = httpx.Client(
             base_url=self.address, verify=ssl.create_default_context(cafile=self.ca_path), trust_env=False, timeout=10
         )
@@ -110,17 +110,19 @@ class Server:
             process.wait()
             process.stdin.close()
             process.stdout.close()
-        self._stopped = False
+        self.go_on()
 
     def stop(self) -> None:
-        """Suspend the process: connections are accepted, nothing is answered."""
+        """Suspend the process, until `go_on` or our own end: connections are accepted, nothing is answered."""
         self._process.send_signal(signal.SIGSTOP)
-        self._stopped = True
+        script = f"read _; kill -CONT {self._process.pid} 2> {os.devnull}"
+        self._waker = subprocess.Popen(["sh", "-c", script], stdin=subprocess.PIPE)
 
     def go_on(self) -> None:
         """Let a suspended process go on."""
-        self._process.send_signal(signal.SIGCONT)
-        self._stopped = False
+        waker, self._waker = self._waker, None
+        if waker is not None:
+            waker.communicate()
 
     def seal(self) -> None:
         self.ask("PUT", "sys/seal")
@@ -136,8 +138,7 @@ class Server:
         """Be up and unsealed again, whatever was done."""
         if self._process is None:
             self.start()
-        if self._stopped:
-            self.go_on()
+        self.go_on()
         if self.ask("GET", "sys/seal-status")["sealed"]:
             self.unseal()
 
