@@ -256,3 +256,43 @@ def test_what_a_role_may_not_do_is_refused_in_one_line(roles, role, words):
     assert done.out == ""
     assert len(done.err.splitlines()) == 1, done.err
     assert "do not allow this to the user" in done.err
+
+
+def test_a_retention_run_destroys_what_is_due_and_cuts_what_is_sealed(place):
+    # Given a record in each sealed stream
+    records = [
+        sms_request(record_id="q1", occurred_at=ago()),
+        sms_cdr(record_id="c1", content="words", occurred_at=ago()),
+    ]
+    assert place.run("publish", place.file(*records)).status == 0
+    assert place.run("run", "--until-idle").status == 0
+    later = f"{time.gmtime().tm_year + 1}-{time.strftime('%m')}-28T00:00:00Z"
+    # When a run is made ahead of the clock
+    done = place.run("retention", "run", "--json", "--now", later, "--yes")
+    assert done.status == 0, done.err
+    (report,) = done.lines
+    # Then what died by then is cut off its topic, and opt-outs and what lives longer are not
+    cut = {one["stream"]: one for one in report["cut"]}
+    assert set(cut) == {"cleared", "content"}
+    for stream, one in cut.items():
+        assert place.stored(stream) == []
+        assert place.within(lambda deployment, name=stream: deployment.log.begin_offsets(name)) == one["to"]
+    assert len(place.stored("cdr.pii")) == 1
+    assert report["skipped"] == []
+    # Then another run has nothing to do
+    again = place.run("retention", "run", "--json", "--now", later, "--yes")
+    assert [again.lines[0][name] for name in ("epochs", "cut", "failed")] == [0, [], False]
+
+
+def test_what_a_worker_may_not_cut_is_said_and_an_officer_cuts_it(place, roles):
+    assert (
+        roles("gateway", "publish", place.file(sms_request(occurred_at=ago()), sms_cdr(occurred_at=ago()))).status == 0
+    )
+    assert roles("worker", "run", "--until-idle").status == 0
+    for role, skipped in (("worker", {"cleared", "content", "cdr.pii", "checkpoint"}), ("officer", set())):
+        done = roles(role, "retention", "run", "--json")
+        assert done.status == 0, done.err
+        report = json.loads(done.out)
+        assert not report["failed"]
+        assert {one["what"] for one in report["skipped"]} == skipped
+        assert all("do not allow this to the user" in one["why"] for one in report["skipped"])
