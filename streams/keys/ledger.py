@@ -11,6 +11,11 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import orjson
 
+AT_WILL = "9999-12-31"
+"""The destruction day of keys that somebody ends: those of holds, and the numbers of marks.
+
+A day of their own, so that re-wrapping it makes no backup useless for anything else.
+"""
 MarkKind = Literal["restriction", "hold"]
 RequestKind = Literal["access", "erase", "restrict", "unrestrict", "hold", "release", "export", "rectify", "object"]
 
@@ -156,7 +161,7 @@ class Tables(Protocol):
     def secret(self, name: str) -> bytes | None:
         """Return a small secret."""
 
-    def put_secret(self, name: str, value: bytes) -> None:
+    def put_secret(self, name: str, value: bytes, day: str) -> None:
         """Keep a small secret."""
 
     def drop_secret(self, name: str) -> None:
@@ -190,7 +195,7 @@ class SqlLedger:
     def add_mark(self, mark: Mark, number: str | None) -> None:
         """Keep a mark, and first the number, sealed; calling again changes nothing."""
         if number is not None:
-            self._tables.put_secret(_number_name(mark.id), number.encode())
+            self._tables.put_secret(_number_name(mark.id), number.encode(), AT_WILL)
         with self._tables.writing():
             self._tables.run(
                 "INSERT INTO marks VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING",

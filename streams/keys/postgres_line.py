@@ -76,8 +76,6 @@ SELECT set_config(name, value, false) FROM (VALUES ('search_path', '{schema}'), 
         WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END)) AS wanted (name, value);
 SELECT current_setting('server_version_num')::int, current_setting('fsync')"""
 """What does not depend on the server: above all plans, for of a month that has just begun it has no statistics."""
-_COMMIT: Final = "SET LOCAL statement_timeout = 0; COMMIT"
-"""A time-out while a standby is waited for would make the commit succeed without it; the client's patience ends it."""
 
 
 class _Connection(psycopg.Connection[Row]):
@@ -120,7 +118,7 @@ class Line:
             try:
                 row = self._begin(begin)
                 yield row
-                self._run(_COMMIT)
+                self._run("COMMIT")
             except BaseException:
                 self._roll_back()
                 raise

@@ -25,9 +25,10 @@ from typing import Any, TypeVar
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from processors.keyring import EpochKey, EpochRef, Needs, PersonRef, PersonSecret
+from schemas.catalog import Domain
 from schemas.errors import KeysBusy, KeysUnusable
 from schemas.sealed import NONCE_BYTES, SECRET_BYTES, KeyId
-from streams.keys.ledger import LEDGER_TABLES, SqlLedger
+from streams.keys.ledger import AT_WILL, LEDGER_TABLES, SqlLedger
 from streams.keys.store import (
     NEVER,
     Buried,
@@ -215,7 +216,7 @@ class SqlKeyStore(ABC):
         with self._transaction(Mode.READ) as sequence:
             persons, _ = self._known_persons(days)
             missing = {ref: day for ref, day in days.items() if ref not in persons}
-            absent = self._warm({*missing.values(), *(day_of(deadline_s) for deadline_s, _ in epochs.values())})
+            absent = self._warm({*missing.values(), *(_epoch_day(ref, need[0]) for ref, need in epochs.items())})
         if not missing and not epochs:
             return Fetched({}, {}, persons, sequence)
         for day in absent:
@@ -314,7 +315,7 @@ class SqlKeyStore(ABC):
                 used_up.append((_count(used + granted[ref]), *key_id))
             else:
                 key_id, key = KeyId(*ref, version + 1), os.urandom(SECRET_BYTES)
-                kek, cipher = self._newest(day_of(deadline_s), make=True)
+                kek, cipher = self._newest(_epoch_day(ref, deadline_s), make=True)
                 granted[ref] = min(max(seals, SEAL_BLOCK), self._max_seals)
                 wrapped = wrap(cipher, key, epoch_aad(key_id, deadline_s))
                 made.append((*key_id, kek, deadline_s, wrapped, _count(granted[ref])))
@@ -723,13 +724,15 @@ class SqlKeyStore(ABC):
                 unpadded(unwrap(self._cipher(rows[0][0]), rows[0][1], secret_aad(_secret_name(name)))) if rows else None
             )
 
-    def put_secret(self, name: str, value: bytes) -> None:
+    def put_secret(self, name: str, value: bytes, day: str = NEVER) -> None:
         """Keep a small secret; replaces one of the same name. Raises ValueError beyond 1024 bytes."""
-        plain, key = padded(value), _secret_name(name)
+        plain, key, wide = padded(value), _secret_name(name), day.ljust(len(FOREVER))
         with self._transaction(Mode.READ):
-            self._warm({FOREVER})
+            absent = self._warm({wide})
+        for new in absent:
+            self._begin_day(new)
         with self._transaction(Mode.EXCLUSIVE):
-            kek, cipher = self._newest(FOREVER)
+            kek, cipher = self._newest(wide, make=True)
             wrapped = wrap(cipher, plain, secret_aad(key))
             known = self._run("SELECT name FROM secrets WHERE name = ?", (key,))
             free = known or self._run("SELECT name FROM secrets WHERE kek = ? LIMIT 1", (GONE,))
@@ -1038,6 +1041,10 @@ def _alive(deadline_s: int | None, now_s: int) -> bool:
 
 def _count(seals: int) -> str:
     return f"{seals:010d}"
+
+
+def _epoch_day(ref: EpochRef, deadline_s: int | None) -> str:
+    return AT_WILL if ref.domain == Domain.HELD.value else day_of(deadline_s)
 
 
 def _secret_name(name: str) -> bytes:

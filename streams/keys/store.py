@@ -283,10 +283,10 @@ class KeyStore(Protocol):
         """Delete an older token key that no person is known under any more. Raises ValueError otherwise."""
 
     def secret(self, name: str) -> bytes | None:
-        """Return a small secret kept beside the keys (at most 1024 bytes), wrapped under the day `NEVER`."""
+        """Return a small secret kept beside the keys (at most 1024 bytes)."""
 
-    def put_secret(self, name: str, value: bytes) -> None:
-        """Keep a small secret; replaces one of the same name."""
+    def put_secret(self, name: str, value: bytes, day: str = NEVER) -> None:
+        """Keep a small secret, wrapped under a day; replaces one of the same name."""
 
     def drop_secret(self, name: str) -> None:
         """Delete a small secret; idempotent."""

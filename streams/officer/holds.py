@@ -34,9 +34,9 @@ from schemas.outbound import Message, Output
 from schemas.sealed import KeyId, Sealed, take_apart
 from streams.deployment import Deployment
 from streams.keys.cache import KeyCache, KeyLease
-from streams.keys.ledger import Mark
+from streams.keys.ledger import AT_WILL, Mark
 from streams.keys.reveal import Revealed, State, open_sealed
-from streams.keys.store import NEVER, Gone
+from streams.keys.store import Gone
 from streams.log.protocol import Log, Stored
 from streams.officer.office import ROLE, Office, Person
 from streams.officer.requests import case
@@ -178,8 +178,8 @@ async def _release(office: Office, mark: Mark | None, reason: str) -> int:
         store.destroy_epoch(ref)
         store.ledger.end_mark(mark.id, int(time.time()))
         store.ledger.drop_progress(_job(mark, ""))
-    if NEVER in store.stale_days():  # also what a release that was killed has left
-        store.rewrap(NEVER)
+    if AT_WILL in store.stale_days():  # also what a release that was killed has left
+        store.rewrap(AT_WILL)
     return int(mark is not None)
 
 

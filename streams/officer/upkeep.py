@@ -9,6 +9,7 @@ from processors.retention import DAY_S
 from schemas.policy import Policy
 from streams.config import Config
 from streams.deployment import Deployment
+from streams.keys.ledger import AT_WILL
 from streams.keys.store import NEVER, KeyStore, TokenKeys
 from streams.officer import holds, retention
 from streams.officer.rotation import Rotated, drop_old_tokens, rotate_tokens
@@ -91,7 +92,7 @@ def destruction_days(policy: Policy, now_s: int) -> set[str]:
         for ago in range(8):
             deadlines_s.add(planner.output(stream, "", now_s - ago * DAY_S).deadline_s or 0)
     days = {_date(deadline_s - 1) for deadline_s in deadlines_s if deadline_s > now_s}
-    return {*days, NEVER}
+    return {*days, AT_WILL, NEVER}
 
 
 def _deadlines(planner: Planner, accounts: Mapping[str | None, str], now_s: int, day: int) -> set[int]:

@@ -16,8 +16,9 @@ from schemas.errors import KeysUnusable, StreamveilError
 from schemas.fields import PLATFORM
 from schemas.sealed import KeyId, take_apart
 from streams.config import load
+from streams.keys.ledger import AT_WILL
 from streams.keys.opening import open_store
-from streams.keys.store import NEVER, Gone
+from streams.keys.store import Gone
 from streams.officer import holds
 from tests.support.commands import SHORT_LEASE, Place, ago, one_line
 from tests.support.records import DEFAULT_POLICY, OTHER, PERSON, found_in, haystack, reply, sms_cdr, voice_cdr
@@ -476,7 +477,7 @@ def test_the_number_goes_with_the_mark_and_the_reference_stays(known):
     assert mark.ended_s is not None
 
     async def inside(deployment):
-        return deployment.store.ledger.number_of(made["hold"]), deployment.store.stale_days().get(NEVER)
+        return deployment.store.ledger.number_of(made["hold"]), deployment.store.stale_days().get(AT_WILL)
 
     assert known.within(inside) == (None, None)
 

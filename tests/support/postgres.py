@@ -308,7 +308,16 @@ def _remove_leftovers() -> None:
     for held in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/held"):
         with contextlib.suppress(OSError), held.open("r+") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _let_end(held.parent / "data")
             shutil.rmtree(held.parent, ignore_errors=True)
+
+
+def _let_end(data: Path) -> None:
+    """Let a server whose run was killed while it was suspended take note of that."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        pid = int((data / "postmaster.pid").read_text().split()[0])
+        if str(data).encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+            os.kill(pid, signal.SIGCONT)
 
 
 @pytest.fixture(scope="session")
