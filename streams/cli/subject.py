@@ -91,7 +91,7 @@ def _erase(args: argparse.Namespace) -> int:
                  "backups_until": until, **clocks(done.request)}
             )  # fmt: skip
         else:
-            print(f"erased: {done.secrets} secrets of this person in {_data_of(done.owner)} are destroyed")
+            print(f"erased: person secrets destroyed in {_data_of(done.owner)}: {done.secrets}")
             print("what they sealed before this line opens nowhere any more; what is sealed from now on opens as ever")
             print("opt-outs of this person stand; see optout check")
             print("what lies in quarantine is under nobody's name, for at most 7 days; see quarantine list")
