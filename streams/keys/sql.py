@@ -509,9 +509,16 @@ class SqlKeyStore(ABC):
         if day == NEVER or day_of_text(day) != day or day >= today(now_s):
             raise ValueError("not a destruction day that is over")
         persons = self._bury_persons(day)
+        named = [kek for name in self.kms.names() if day_in(kek := kms_generation(name)) == day]
         with self._transaction(Mode.EXCLUSIVE) as before:
             sequence = before
             keks = self._generations(day)
+            last = max([*named, *keks], default=None)
+            if last is not None and day >= today(self._now_s()):  # ahead of the clock: what comes begins after it
+                self._run("DELETE FROM meta WHERE name = ?", (_buried(day),))
+                self._run("INSERT INTO meta VALUES (?, ?)", (_buried(day), last))
+            elif day < today(self._now_s()):
+                self._run("DELETE FROM meta WHERE name = ?", (_buried(day),))
             under = f"kek IN ({marks(keks)})"
             epochs = 0
             if keks:
@@ -524,9 +531,8 @@ class SqlKeyStore(ABC):
                 sequence = self._bump(before)
             self._run("DELETE FROM stale WHERE kek > ? AND kek < ?", _around(day))
         self._settled(sequence)
-        for name in self.kms.names():
-            if day_in(kms_generation(name)) == day:
-                self.kms.destroy(name)
+        for kek in sorted({*named, *keks}):
+            self.kms.destroy(kms_name(kek))
         return Buried(epochs, persons)
 
     def rewrap(self, day: str) -> int:
@@ -838,7 +844,7 @@ class SqlKeyStore(ABC):
         if kek is None:
             found = self._generations(day)
             if not found and make:
-                kek, key = generation(day, 1), secrets.token_bytes(SECRET_BYTES)
+                kek, key = self._first(day), secrets.token_bytes(SECRET_BYTES)
                 self._run("INSERT INTO wrapping_keys VALUES (?, ?)", (kek, self.kms.wrap(kms_name(kek), key)))
                 self._ciphers.put(kek, AESGCM(key))
             elif not found:
@@ -869,13 +875,19 @@ class SqlKeyStore(ABC):
 
     def _begin_day(self, day: str) -> None:
         """Make the first generation of a day, unless another process is faster."""
-        kek, key = generation(day, 1), secrets.token_bytes(SECRET_BYTES)
+        with self._transaction(Mode.READ):
+            kek, key = self._first(day), secrets.token_bytes(SECRET_BYTES)
         wrapped = self.kms.wrap(kms_name(kek), key)
         with self._transaction(Mode.EXCLUSIVE):
-            if not self._generations(day):
+            if not self._generations(day) and kek == self._first(day):
                 self._run("INSERT INTO wrapping_keys VALUES (?, ?)", (kek, wrapped))
                 self._ciphers.newest[day] = kek
                 self._ciphers.put(kek, AESGCM(key))
+
+    def _first(self, day: str) -> str:
+        """Return the generation that a day begins with: the first, or the one after what was buried before its time."""
+        rows = self._run("SELECT value FROM meta WHERE name = ?", (_buried(day),))
+        return next_generation(rows[0][0]) if rows else generation(day, 1)
 
     def _bump(self, sequence: int) -> int:
         self._set_meta("destruction_seq", str(sequence + 1))
@@ -1041,6 +1053,10 @@ def _alive(deadline_s: int | None, now_s: int) -> bool:
 
 def _count(seals: int) -> str:
     return f"{seals:010d}"
+
+
+def _buried(day: str) -> str:
+    return f"buried/{day}"
 
 
 def _epoch_day(ref: EpochRef, deadline_s: int | None) -> str:

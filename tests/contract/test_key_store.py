@@ -464,6 +464,22 @@ def test_nothing_but_a_day_that_is_over_is_buried(deployment, day):
     assert store.open_persons([found.sid], NOW) == {found.sid: found}
 
 
+def test_a_day_that_was_buried_before_its_time_begins_anew_under_another_kek(deployment):
+    store, other = deployment.open(), deployment.open()
+    dead = store.fetch(persons([person(1)], MIDNIGHT), NOW).persons[person(1)]
+    store.bury_day(TODAY, MIDNIGHT)
+    assert store.kms.names() == [NEVER]
+    for one in (store, other):
+        made = one.fetch(persons([person(1), person(2)], MIDNIGHT), NOW).persons
+        assert made[person(1)].sid != dead.sid
+    assert store.kms.names() == [f"{TODAY}.2", NEVER]
+    assert other.open_persons([made[person(2)].sid], NOW) == {made[person(2)].sid: made[person(2)]}
+    other.bury_day(TODAY, MIDNIGHT)
+    assert (other.kms.names(), store.persons_of(token(2))) == ([NEVER], [])
+    store.fetch(persons([person(3)], MIDNIGHT), NOW)
+    assert store.kms.names() == [f"{TODAY}.3", NEVER]
+
+
 # --- re-wrap ------------------------------------------------------------------------------------------------
 
 

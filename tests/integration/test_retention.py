@@ -203,6 +203,22 @@ def test_what_cannot_be_cleared_under_a_key_that_a_clock_ahead_destroyed_waits_f
     assert full.committed() == 6
 
 
+def test_after_a_rehearsal_ahead_of_the_clock_the_deployment_goes_on_with_new_keys(full):
+    # Given that a year was destroyed before its time
+    ran(full, "--now", in_months(13), "--yes")
+    assert full.opened("cdr.pii") == []
+    # When there is a communication of this month, whose key is dead, and an opt-out
+    full.publish(sms_cdr(record_id="c2", occurred_at=ago(0)), preference(occurred_at=ago(0)))
+    # Then nothing waits, and what is dead is not made again
+    before = full.ends("cdr.pii"), full.ends("cdr.anonymous"), full.ends("suppressions")
+    assert full.work() == 2
+    after = full.ends("cdr.pii"), full.ends("cdr.anonymous"), full.ends("suppressions")
+    assert [b - a for a, b in zip(before, after, strict=True)] == [0, 1, 1]
+    # And what is minted since, of a day that was buried, is alive until it is buried again
+    assert not ran(full)["failed"]
+    assert ran(full)["persons"] == 0
+
+
 # --- killed, twice at once, refused ---------------------------------------------------------------------------------
 
 KILLS = {
