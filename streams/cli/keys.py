@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from streams.officer.retention import Died
     from streams.officer.upkeep import Inventory, Renewed
 
-PARTS = ("root", "wrapping", "token")
-
 
 def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Register `keys`."""
@@ -128,14 +126,18 @@ def _say(found: "Inventory") -> None:
 
 
 def _rotate(args: argparse.Namespace) -> int:
+    from streams.officer.upkeep import PARTS
+
     if not set(args.parts) <= set(PARTS):
         raise InputInvalid(f"keys rotate takes any of {', '.join(PARTS)}; none is all")
-    done = asyncio.run(_rotated(load(args), args.parts or PARTS))
+    done = asyncio.run(_rotated(load(args), args.parts))
     if args.json:
         print_json({**done._asdict(), "token": None if done.token is None else done.token._asdict()})
         return 0
     if done.root:
         print("root: rotated")
+    elif not args.parts:
+        print("root: the key management service's own; its operators rotate it")
     if done.rewrapped is not None:
         print(f"wrapping: {done.rewrapped:,} keys moved under new key-encryption keys")
     if done.token is not None:

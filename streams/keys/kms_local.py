@@ -68,6 +68,7 @@ class LocalKms:
     """One store's root key and KEKs (`Kms`). `calls` counts wrap and unwrap; `check` names the root key."""
 
     waiting_period_s = 0
+    has_root = True
 
     def __init__(self, folder: Path, store_id: str) -> None:
         self.calls = 0

@@ -346,6 +346,7 @@ class VaultKms(_Client):
     """
 
     waiting_period_s = 0
+    has_root = False
 
     def __init__(self, settings: Vault, store_id: str, clock: Callable[[], float] = time.time) -> None:
         """Take what names the store; `create` and `open` return one that can be used."""

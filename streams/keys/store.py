@@ -139,6 +139,10 @@ class Kms(Protocol):
     def names(self) -> list[str]:
         """Return the names of the KEKs there are, in order."""
 
+    @property
+    def has_root(self) -> bool:
+        """Whether `rotate_root` is this service's to do; else its operators rotate what is below the KEKs."""
+
     def rotate_root(self) -> None:
         """Replace what the KEKs themselves are wrapped by; killed half-way, calling again finishes it."""
 

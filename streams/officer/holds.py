@@ -334,7 +334,7 @@ class _Copier:
             plaintext = orjson.dumps(fields)
             value = sealer.several(*self._envelope(template, stored, sealed), ((_GROUP, None, plaintext),), bare=True)
             written.append(Message(self.written_s * 1000, None, template.headers, value))
-        self.keys.guard()()
+        self.keys.guard(self.deployment.margin_s)()
         await self.log.append([Output(STREAM, partition, written)])
         await self._compare(partition, before[partition], {_place(stored): fields for stored, _, fields in opened})
         self.copied += len(opened)

@@ -89,7 +89,7 @@ class Report(NamedTuple):
     rewrapped: dict[str, int]
     cuts: tuple[Cut, ...]
     skipped: tuple[Skipped, ...]
-    failed: bool  # what was skipped is more than what this user may not do
+    failed: bool  # what was skipped is more than what this user may not do, or `audit` was altered
 
     def as_json(self) -> dict[str, object]:
         """Return it as one JSON object."""
@@ -150,9 +150,13 @@ async def run(
         await rotation.drop_old_tokens(deployment)
         await _tell(deployment, report)
         try:
-            await evidence.checkpoint(deployment)
+            body = (await evidence.checkpoint(deployment)).checkpoint
         except (Retriable, LogUnusable) as error:
             report = report._replace(skipped=(*report.skipped, Skipped("checkpoint", str(error))))
+        else:
+            if found := len(body.findings) + body.more_findings:
+                wrong = Skipped("audit", f"checkpoint {body.number} has {found} findings; see evidence report")
+                report = report._replace(skipped=(*report.skipped, wrong), failed=True)
     return report
 
 

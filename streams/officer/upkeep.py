@@ -125,6 +125,9 @@ def rewrap_all(deployment: Deployment, now_s: int, advance: Callable[[int], None
     return rows
 
 
+PARTS = ("root", "wrapping", "token")
+
+
 class Renewed(NamedTuple):
     """What `rotate` did; None: not asked for. `destroyed`: versions of older token keys."""
 
@@ -141,13 +144,14 @@ async def rotate(
     advance: Callable[[int], None],
     on_wait: Callable[[list[str]], None],
 ) -> Renewed:
-    """Rotate `root`, `wrapping` and `token`, as far as they are among the parts. Audited. Blocks; workers go on.
+    """Rotate `root`, `wrapping` and `token`, those of them that are asked for; none: all. Audited. Workers go on.
 
     Nothing that is sealed is sealed anew. Killed half-way, calling again finishes it. Raises as `rotate_tokens` and
     the store do. What the root and wrapping keys of before wrapped opens by no copy of them from then on, so older
     backups of the store do not open what was moved either.
     """
-    auditor = deployment.auditor()
+    auditor, kms = deployment.auditor(), deployment.store.kms
+    parts = set(parts or PARTS) - (set() if parts or kms.has_root else {"root"})
     await auditor.write("rotate", parts=sorted(parts))
     if "root" in parts:
         deployment.store.rotate_root()

@@ -357,6 +357,11 @@ class _CountedKms:
         """So long the service can undo a deletion."""
         return self._of.waiting_period_s
 
+    @property
+    def has_root(self) -> bool:
+        """Whether `rotate_root` is this service's to do."""
+        return self._of.has_root
+
     def trusts(self, check: bytes) -> bool:
         """Return whether `check` names this service."""
         return self._of.trusts(check)

@@ -22,6 +22,7 @@ from streams.log.sqlite import SqliteLog
 from streams.officer import holds, retention
 from streams.watch.overdue import overdue
 from streams.worker.supervisor import _retention_run
+from tests.support.audit import edit_audit
 from tests.support.commands import SHORT_LEASE, Place, ago, eventually, one_line
 from tests.support.records import DAY_S, PERSON, preference, reply, sms_cdr, sms_request, voice_cdr
 
@@ -217,6 +218,16 @@ def test_after_a_rehearsal_ahead_of_the_clock_the_deployment_goes_on_with_new_ke
     # And what is minted since, of a day that was buried, is alive until it is buried again
     assert not ran(full)["failed"]
     assert ran(full)["persons"] == 0
+
+
+def test_a_run_says_that_the_audit_log_was_altered_and_destroys_what_is_due_all_the_same(full):
+    ran(full, "--now", in_months(13), "--yes")
+    edit_audit(full, lambda values: values[1:])
+    done = full.call("retention", "run", "--json")
+    assert done.status == 1
+    (report,) = done.lines
+    assert [one["why"] for one in report["skipped"] if one["what"] == "audit"]
+    assert "findings" in report["skipped"][0]["why"]
 
 
 # --- killed, twice at once, refused ---------------------------------------------------------------------------------

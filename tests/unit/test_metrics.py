@@ -157,7 +157,7 @@ def test_the_time_from_arrival_to_commit_is_that_of_every_record(monkeypatch):
 
 def test_the_calls_of_the_key_management_service_are_counted_by_their_outcome():
     class Kms:
-        check, calls, waiting_period_s = b"c", 7, 30
+        check, calls, waiting_period_s, has_root = b"c", 7, 30, True
 
         def wrap(self, day, plaintext):
             return day.encode() + plaintext
