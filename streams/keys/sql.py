@@ -506,7 +506,8 @@ class SqlKeyStore(ABC):
 
     def bury_day(self, day: str, now_s: int) -> Buried:
         """Delete all that is wrapped under a day that is over, then its KEKs; idempotent, in steps."""
-        if day == NEVER or day_of_text(day) != day or day >= today(now_s):
+        given_up = day == AT_WILL and self._is_lost(day)
+        if day == NEVER or day_of_text(day) != day or (day >= today(now_s) and not given_up):
             raise ValueError("not a destruction day that is over")
         persons = self._bury_persons(day)
         named = [kek for name in self.kms.names() if day_in(kek := kms_generation(name)) == day]
@@ -637,6 +638,9 @@ class SqlKeyStore(ABC):
                 if day_in(kek) >= date:
                     found.setdefault(day_in(kek).rstrip(), at_s)
         return found
+
+    def _is_lost(self, day: str) -> bool:
+        return any(day_in(kms_generation(name)) == day for name in self.lost())
 
     def lost(self) -> list[str]:
         """Return the KEKs that keys of the store are under and the service lacks."""

@@ -248,7 +248,8 @@ class KeyStore(Protocol):
         """Delete all that is wrapped under a day that is over at `now_s`, then its KEKs; idempotent.
 
         Killed half-way, calling again finishes it. Epochs get a tombstone; sids need none, for what they sealed is
-        under epochs that are dead. Raises ValueError for `NEVER` and for a day that is not over.
+        under epochs that are dead. Raises ValueError for `NEVER` and for a day that is not over; `AT_WILL` may be given
+        up where the service lacks its KEK.
         """
 
     def rewrap(self, day: str) -> int:

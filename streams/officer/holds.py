@@ -180,6 +180,8 @@ async def _release(office: Office, mark: Mark | None, reason: str) -> int:
         store.ledger.drop_progress(_job(mark, ""))
     if AT_WILL in store.stale_days():  # also what a release that was killed has left
         store.rewrap(AT_WILL)
+    if mark is not None:  # an entry after the destruction tells a restored store that the log knows of it
+        await office.auditor.write("released", role=ROLE, reason=reason, hold=mark.id)
     return int(mark is not None)
 
 

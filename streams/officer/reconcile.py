@@ -19,9 +19,10 @@ import orjson
 
 from processors.evidence import Chains, Findings
 from processors.keyring import EpochRef
+from schemas.catalog import Domain
 from schemas.errors import KeysUnusable
 from streams.deployment import Deployment
-from streams.keys.ledger import MarkKind
+from streams.keys.ledger import AT_WILL, Mark, MarkKind
 from streams.keys.store import KeyStore
 from streams.officer import offboard
 from streams.officer.rotation import SWITCH, Copy, retoken_marks
@@ -37,7 +38,7 @@ _SPARE: Final = 1000
 
 
 class Missing(NamedTuple):
-    """A hold or restriction that was made since the backup: it must be made again, from its case."""
+    """A hold or restriction that was made since the backup, or whose number is lost: it must be made again."""
 
     kind: MarkKind
     id: str
@@ -135,14 +136,17 @@ async def reconcile(
     lost = {day_of(kek) for kek in store.lost()} - set(store.due_days(now_s))
     if not incomplete:
         _refuse_unless_whole(past, findings, counter)
-        _refuse_what_is_lost(lost - past.days)
+        copies = AT_WILL in lost and _alive_copies(store, now_s) - past.epochs.keys()
+        _refuse_what_is_lost(lost - past.days - (set() if copies else {AT_WILL}))
     before = {mark.id for kind in _KINDS for mark in store.ledger.marks(kind, ended=True)}
     standing = {mark.id for kind in _KINDS for mark in store.ledger.marks(kind)}
     raised = counter + len(past.sids) + len(past.epochs) + len(lost) + _SPARE
     await deployment.auditor().write(_BEGUN, counter=past.needed(counter), raised=raised, findings=findings.count)
     store.kms.raise_counter(raised)
     for day in sorted(lost):
-        store.bury_day(day, _end_s(day))
+        store.bury_day(day, now_s if day == AT_WILL else _end_s(day))
+    nameless = [mark for mark in _of_people(store) if AT_WILL in lost and mark.id not in past.ended]
+    past.ended |= {mark.id: now_s for mark in nameless}
     ending = [mark_id for mark_id in past.ended if mark_id in standing]
     for mark_id in ending:
         store.ledger.end_mark(mark_id, past.ended[mark_id])
@@ -152,6 +156,7 @@ async def reconcile(
     opt_outs = await _retoken(deployment, past.token_version)
     retoken_marks(deployment)
     missing = tuple(mark for mark_id, mark in past.made.items() if mark_id not in before and mark_id not in past.ended)
+    missing += tuple(Missing(mark.kind, mark.id, mark.reason) for mark in nameless)
     store.catch_up()
     await deployment.auditor().write(
         "reconciled",
@@ -213,6 +218,16 @@ def _refuse_what_is_lost(days: Collection[str]) -> None:
             f"what is under {', '.join(sorted(days))} opens no more: the backup is from before a re-wrap, or the"
             " key-encryption key was deleted. Nothing was done; restore a newer backup, or lose what is under it: --yes"
         )
+
+
+def _alive_copies(store: KeyStore, now_s: int) -> set[EpochRef]:
+    """Return the epochs of holds whose copies the backup knows."""
+    return {EpochRef(*key[:3]) for key in store.status(now_s) if key.domain == Domain.HELD and key.state == "alive"}
+
+
+def _of_people(store: KeyStore) -> list[Mark]:
+    """Return the marks in force that name a person, whose number a rotation of the token key needs."""
+    return [mark for kind in _KINDS for mark in store.ledger.marks(kind) if mark.tokens]
 
 
 def _end_s(day: str) -> int:

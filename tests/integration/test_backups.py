@@ -271,10 +271,27 @@ def test_restored_from_before_the_release_of_a_hold_its_copies_do_not_open(place
     assert released(place) == 1
     assert opened(place, "held") == ["destroyed"]
     restore(place, copy)
-    # Then not even the store opens any more: all that has no day was wrapped anew
-    for words in (("keys", "status"), ("keys", "reconcile"), ("tail", "held", "--from-beginning", "--reveal",
-                                                              "--reason", "R")):  # fmt: skip
-        assert one_line(place.call(*words))
+    refused(place)
+    reconciled(place)
+    assert opened(place, "held") == ["destroyed"]
+    # and all else does, and may be held again
+    assert states(place) == sorted([PERSON, OTHER, THIRD])
+    assert held(place, OTHER).records == 1
+    assert sorted(opened(place, "held")) == ["destroyed", "revealed"]
+
+
+def test_restored_from_before_the_release_of_another_hold_a_hold_is_made_again_or_given_up_for_good(place):
+    assert held(place, OTHER, "CASE-9").records == held(place, PERSON).records == 1
+    copy = backup(place)
+    assert released(place) == 1
+    restore(place, copy)
+    assert "9999-12-31 opens no more" in one_line(place.call("keys", "reconcile"))
+    done = place.call("keys", "reconcile", "--yes")
+    assert done.status == 0
+    assert "CASE-9" in done.err
+    assert opened(place, "held") == ["destroyed", "destroyed"]
+    assert held(place, OTHER, "CASE-9").records == 1
+    assert sorted(opened(place, "held")) == ["destroyed", "destroyed", "revealed"]
 
 
 def test_what_was_made_and_ended_since_is_told_and_ended(place):

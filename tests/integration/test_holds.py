@@ -496,9 +496,10 @@ def test_the_audit_says_who_is_held_by_sid_and_every_record_that_was_opened_for_
     made = hold(known)
     release(known)
     entries = known.values("audit")
-    first, *opened, last = [entry for entry in entries if entry.get("hold") == made["hold"]]
+    first, *opened, last, done = [entry for entry in entries if entry.get("hold") == made["hold"]]
     assert (first["action"], first["reason"], first["owner"]) == ("hold", "CASE-1", "platform")
     assert {entry["action"] for entry in opened} == {"preserve"}
+    assert done["action"] == "released"
     places = {(value["stream"], value["partition"], value["offset"]) for value in known.values("held")}
     assert {(entry["stream"], *place) for entry in opened for place in entry["records"]} == places
     assert set(first["sids"]) <= {sid for entry in opened for sid in entry["sids"]}
