@@ -296,3 +296,58 @@ def test_what_a_worker_may_not_cut_is_said_and_an_officer_cuts_it(place, roles):
         assert not report["failed"]
         assert {one["what"] for one in report["skipped"]} == skipped
         assert all("do not allow this to the user" in one["why"] for one in report["skipped"])
+
+
+def test_an_officer_answers_requests_holds_rotates_and_proves_with_the_officers_user(place, roles):
+    # Given two people, one of whom is held
+    erased, held = "+14155550101", "+14155550102"
+    records = [
+        sms_cdr(record_id=f"{number[-1]}-{at}", recipient=number, content="words", occurred_at=ago())
+        for at in range(20)
+        for number in (erased, held)
+    ]
+
+    def ok(*words, role="officer"):
+        done = roles(role, *words)
+        assert done.status == 0, (words, done.err)
+        return done
+
+    def opened():
+        found = ok("tail", "cdr.pii", "--from-beginning", "--json", "--reveal", "--reason", "T-1").lines
+        return Counter(
+            (one["reveal"]["state"], one["reveal"]["fields"].get("record_id", "?")[0])
+            for one in found
+            if "corrects" not in one["value"]
+        )
+
+    ok("publish", place.file(*records), role="gateway")
+    ok("run", "--until-idle", role="worker")
+    # When an officer does what there is to do, with the rights of an officer
+    assert ok("subject", "hold", held, "--reason", "H-1", "--json").lines[0]["records"] == 20
+    report = ok("subject", "access", erased, "--reason", "C-1", "--json").lines
+    assert sum(one["item"] == "record" for one in report) == 20
+    ok("subject", "rectify", erased, "--set", "country=HR", "--reason", "C-2")
+    ok("subject", "object", held, "--reason", "C-3")
+    refused = roles("officer", "subject", "erase", held, "--reason", "C-4")
+    assert (refused.status, "H-1" in refused.err) == (1, True)
+    assert ok("subject", "erase", erased, "--reason", "C-5", "--json").lines[0]["erased"] == 1
+    # Then what was committed before is gone, what is committed later opens
+    assert opened() == {("destroyed", "?"): 20, ("revealed", "2"): 20}
+    ok("publish", place.file(sms_cdr(record_id="later", recipient=erased, occurred_at=ago())), role="gateway")
+    ok("run", "--until-idle", role="worker")
+    assert opened()["revealed", "l"] == 1
+    # And the token key is rotated, opt-outs with it
+    ok("keys", "rotate", "token")
+    request = sms_request(record_id="q", recipient=held, purpose="marketing", occurred_at=ago(0))
+    ok("publish", place.file(request), role="gateway")
+    ok("run", "--until-idle", role="worker")
+    (verdict,) = ok("tail", "verdicts", "--from-beginning", "--json", role="gateway").lines
+    assert verdict["value"]["reason"] == "blocked_by_officer"
+    # And the hold is released, and all of it proved
+    ok("subject", "release", held, "--reason", "H-1")
+    copies = ok("tail", "held", "--from-beginning", "--json", "--reveal", "--reason", "T-2").lines
+    assert {one["reveal"]["state"] for one in copies} == {"destroyed"}
+    ok("retention", "run")
+    folder = place.folder / "evidence"
+    ok("evidence", "report", "--from", "2026-01-01", "--to", "2099-01-01", "--out", folder)
+    assert "complete, unchanged and in order" in ok("evidence", "verify", folder).out
