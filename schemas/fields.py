@@ -111,7 +111,18 @@ def is_record_id(text: str) -> bool:
 
 
 REASON = re.compile(r"[A-Za-z0-9_/-]{1,40}")
-"""A reason given for opening data: a code or case reference, never free text (the fixed command line)."""
+"""The letters of a reason: a code or case reference, never free text (the fixed command line)."""
+
+_DIGITS_ONLY = re.compile(r"[_/-]*(?:[0-9][_/-]*){7,}")
+
+
+def is_reason(text: str) -> bool:
+    """Return whether a text is a reason: a code or case reference of 1 to 40 letters, digits, `-`, `_`, `/`.
+
+    Seven digits or more with nothing but separators between are none: reasons stand in the clear, and that could be
+    somebody's number. A letter makes a reference of it (`CASE-2026-117`, `INC0012345`).
+    """
+    return REASON.fullmatch(text) is not None and _DIGITS_ONLY.fullmatch(text) is None
 
 
 # --- parties ------------------------------------------------------------------------------------------------

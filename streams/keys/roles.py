@@ -7,19 +7,22 @@ anything. A roles file replaces this:
     user = "egress-1"        # operating-system user
     role = "egress"          # a reader in the catalog of streams
     accounts = ["acme"]      # or ["*"]
+
+The privacy officer is who has the role dpo for all accounts; what cannot be undone is theirs to do.
 """
 
 import os
 import pwd
 import tomllib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import msgspec
 
 from schemas.catalog import CATALOG
-from schemas.errors import InputInvalid
+from schemas.errors import InputInvalid, RevealDenied
 
+OFFICER: Final = "dpo"
 ROLES = frozenset(role for row in CATALOG.values() for role in (*row.readers, *row.writers))
 
 
@@ -49,9 +52,22 @@ class Principal(NamedTuple):
             if grant.role in CATALOG[stream].readers
         )
 
+    @property
+    def is_officer(self) -> bool:
+        """Whether this is the privacy officer."""
+        return any(grant.role == OFFICER and "*" in grant.accounts for grant in self.grants)
+
     def role_for(self, stream: str) -> str | None:
         """Return the first role that lets this principal read the stream."""
         return next((grant.role for grant in self.grants if grant.role in CATALOG[stream].readers), None)
+
+
+def only_officer(who: Principal) -> None:
+    """Return if this is the privacy officer. Raises RevealDenied otherwise."""
+    if not who.is_officer:
+        raise RevealDenied(
+            "only the privacy officer (role dpo for all accounts) may do this; ask for a grant in the roles file"
+        )
 
 
 def principal(roles_path: Path | None, keys_path: Path) -> Principal:
@@ -63,7 +79,7 @@ def principal(roles_path: Path | None, keys_path: Path) -> Principal:
         name = f"uid-{uid}"
     if roles_path is None:
         owns = keys_path.exists() and keys_path.stat().st_uid == uid
-        return Principal(name, (Grant(name, "dpo", ("*",)),) if owns else ())
+        return Principal(name, (Grant(name, OFFICER, ("*",)),) if owns else ())
     try:
         file = msgspec.convert(tomllib.loads(roles_path.read_text(encoding="utf-8")), _File)
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, msgspec.ValidationError):

@@ -9,11 +9,11 @@ Rules of this file:
 from typing import Final, NamedTuple
 
 from processors.screen.suppression import Tokens
-from schemas.errors import InputInvalid, RevealDenied
+from schemas.errors import InputInvalid
 from schemas.fields import PLATFORM, Kind, is_account, normalise
 from streams.deployment import Deployment
 from streams.keys.audit import Auditor
-from streams.keys.roles import Principal
+from streams.keys.roles import Principal, only_officer
 from streams.keys.store import Known
 
 ROLE: Final = "dpo"
@@ -73,8 +73,5 @@ class Office:
 def office(deployment: Deployment) -> Office:
     """Return the officer's desk for the user this process runs as. Raises RevealDenied unless that is the dpo."""
     who = deployment.who()
-    if not any(grant.role == ROLE and "*" in grant.accounts for grant in who.grants):
-        raise RevealDenied(
-            "only the privacy officer (role dpo for all accounts) may do this; ask for a grant in the roles file"
-        )
+    only_officer(who)
     return Office(deployment, who, deployment.auditor())

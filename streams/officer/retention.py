@@ -8,6 +8,7 @@ Rules of this file:
   is finished by the next one.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, date, datetime
 from functools import partial
@@ -25,6 +26,7 @@ from streams.deployment import Deployment
 from streams.log.protocol import Log, Stored
 from streams.officer import evidence, holds, offboard, rotation
 from streams.officer.again import again
+from streams.officer.office import office
 from streams.state.suppressions import STREAM as SUPPRESSIONS
 
 AHEAD: Final = Period(13, "months")
@@ -127,8 +129,10 @@ async def run(
     """Destroy what is due at `now_s` and cut the logs; `dry`: only say what would go. Audited. Blocks.
 
     `rewrap`: re-wrap every stale day now, not only those whose window ends. `advance` is told of records read.
-    Raises what the key store and the log raise before anything is half done that calling again would not finish.
+    Raises RevealDenied as `permit` does, and what the key store and the log raise, before anything is half done that
+    calling again would not finish.
     """
+    permit(deployment, now_s, dry=dry)
     skipped: list[Skipped] = []
     held = 0
     if not dry:
@@ -175,6 +179,15 @@ def moment(config: Config, asked_s: int | None, clock_s: int, *, yes: bool) -> t
     if yes and _date(asked_s) > AHEAD.after(_date(clock_s)):
         raise InputInvalid("--now is more than 13 months ahead of the clock; nothing was destroyed")
     return asked_s, not yes
+
+
+def permit(deployment: Deployment, now_s: int, *, dry: bool) -> None:
+    """Return if this process may destroy as of `now_s`: what is due by the clock, anybody; ahead of it, the officer.
+
+    Reads files. Raises RevealDenied.
+    """
+    if not dry and now_s > time.time():
+        office(deployment)
 
 
 def _date(at_s: int) -> date:

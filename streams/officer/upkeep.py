@@ -12,6 +12,7 @@ from streams.deployment import Deployment
 from streams.keys.ledger import AT_WILL
 from streams.keys.store import NEVER, KeyStore, TokenKeys
 from streams.officer import holds, retention
+from streams.officer.office import office
 from streams.officer.rotation import Rotated, drop_old_tokens, rotate_tokens
 
 LATE_DAYS = 3660
@@ -146,11 +147,11 @@ async def rotate(
 ) -> Renewed:
     """Rotate `root`, `wrapping` and `token`, those of them that are asked for; none: all. Audited. Workers go on.
 
-    Nothing that is sealed is sealed anew. Killed half-way, calling again finishes it. Raises as `rotate_tokens` and
-    the store do. What the root and wrapping keys of before wrapped opens by no copy of them from then on, so older
+    Nothing that is sealed is sealed anew. Killed half-way, calling again finishes it. Raises RevealDenied to all but
+    the privacy officer, and as `rotate_tokens` and the store do. What the root and wrapping keys of before wrapped opens by no copy of them from then on, so older
     backups of the store do not open what was moved either.
     """
-    auditor, kms = deployment.auditor(), deployment.store.kms
+    auditor, kms = office(deployment).auditor, deployment.store.kms
     parts = set(parts or PARTS) - (set() if parts or kms.has_root else {"root"})
     await auditor.write("rotate", parts=sorted(parts))
     if "root" in parts:
@@ -165,9 +166,10 @@ async def rotate(
 async def destroy_due(deployment: Deployment, now_s: int, *, dry: bool) -> retention.Died:
     """Destroy the keys that are due, after what a legal hold covers was kept; `dry`: only say which. Blocks.
 
-    The part of a retention run that is about keys: no log is cut. Raises what keeps held records from being kept;
-    then nothing was destroyed.
+    The part of a retention run that is about keys: no log is cut. Raises RevealDenied ahead of the clock (`permit`),
+    and what keeps held records from being kept; then nothing was destroyed.
     """
+    retention.permit(deployment, now_s, dry=dry)
     if not dry:
         await holds.preserve(deployment, now_s=now_s)
     return await retention.destroy_due(deployment, now_s, dry=dry)

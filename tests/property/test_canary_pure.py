@@ -76,7 +76,7 @@ TABLE = {
     "sender": ("sender", "o", "p", "O", "n"),
     "display_name": ("sender", "o", "p", "O", ""),
     "client_ip": ("sender", "o", "p", "O", ""),
-    "recipient": ("recipient", "p", "o", "P", ""),
+    "recipient": ("recipient", "p", "o", "P", "n"),  # of a preference: the sender that its scope is about
     "location": ("person", "p", "p", "P", ""),
     "child": ("person", "p", "p", "P", ""),
     "attributes": ("person", "p", "p", "P", ""),
