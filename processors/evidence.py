@@ -7,13 +7,16 @@ Rules of this file:
   partition, each with the SHA-256 of the one before.
 - A checkpoint covers `since` to `upto` of each partition and has the head of every chain with an entry there, so that
   from then on none can be taken out, changed, put in or moved without the key. It names the checkpoints before it.
+  It says how many entries it covers too: a chain that began long before has its beginning elsewhere.
 - Signed bytes begin with what they are, so that no signature serves for something else.
 """
 
+from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from hashlib import sha256
+from itertools import accumulate
 from typing import Annotated, Any, Final, Literal, NamedTuple, TypeGuard
 
 import msgspec
@@ -58,6 +61,7 @@ class Code(StrEnum):
     NO_CHECKPOINT = "missing_checkpoint"
     SIGNATURE = "wrong_signature"
     TOO_MANY = "too_many_writers"
+    COUNT = "wrong_count"  # a checkpoint covers more or fewer entries than there are
 
 
 class Finding(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -68,6 +72,7 @@ class Finding(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     seq: _Count | None = None
     partition: _Count | None = None
     offset: _Count | None = None
+    checkpoint: _Count | None = None
 
     def __str__(self) -> str:
         where = ", ".join(
@@ -228,21 +233,32 @@ class Chains:
 
     `begin`: the offsets at which that part begins; where it is 0, every chain must begin with its first entry.
     `wanted`: (writer, number) → digest of entries that must be in it. `known`: heads of chains as they were before.
+    `covering`: checkpoints of which all that they cover is in it.
     Memory: a few hundred bytes for each writer and each entry wanted.
     """
 
-    def __init__(self, begin: Sequence[int], wanted: Mapping[tuple[str, int], str], known: Iterable[Head] = ()) -> None:
+    def __init__(
+        self,
+        begin: Sequence[int],
+        wanted: Mapping[tuple[str, int], str],
+        known: Iterable[Head] = (),
+        covering: Sequence[Body] = (),
+    ) -> None:
         self.findings = Findings()
         self.entries = 0
         self._begin = begin
         self.wanted = dict(wanted)
         """Entries that must be in it and were not seen yet."""
+        self.before: dict[tuple[str, int], str] = {}
+        """Entries that must be before it, in a chain that nothing is known of: (writer, number) → digest."""
+        self._counts = _Counts(covering)
         self._last = {writer: _Last(None, seq, digest) for writer, seq, digest in known}
         self._after: list[tuple[_After, str]] = []
 
     def add(self, partition: int, offset: int, value: bytes) -> Entry | None:
         """Follow the next value of a partition and return the entry that it is, or None."""
         self.entries += 1
+        self._counts.add(partition, offset)
         where: dict[str, Any] = {"partition": partition, "offset": offset}
         entry = entry_of(value)
         if entry is None:
@@ -275,6 +291,8 @@ class Chains:
         if entry.seq > 1:
             if partition < len(self._begin) and self._begin[partition] == 0:
                 self.findings.add(Code.MISSING, **where | {"seq": 1})
+            else:
+                self.before[entry.writer, entry.seq - 1] = entry.prev
         elif entry.prev != NO_ENTRY:
             self.findings.add(Code.CHANGED, **where)
         if entry.seq == 1 and entry.after is not None:
@@ -285,7 +303,7 @@ class Chains:
         return sorted((w, last.seq, last.digest) for w, last in self._last.items() if last.partition is not None)
 
     def finish(self, listed: Mapping[str, int] | None = None) -> None:
-        """Look at what only the end shows: chains given up that went on, entries wanted that never came.
+        """Look at what only the end shows: chains given up that went on, entries wanted that never came, their count.
 
         `listed`: writer → the newest number that a checkpoint covering all this has of it.
         """
@@ -301,10 +319,37 @@ class Chains:
                 self.findings.add(Code.WENT_ON, writer=after.writer, seq=after.seq + 2)
         for writer, seq in sorted(self.wanted):
             self.findings.add(Code.MISSING, writer=writer, seq=seq)
+        for number in self._counts.wrong():
+            self.findings.add(Code.COUNT, checkpoint=number)
         if listed is not None:
             for writer, seq, _ in self.heads():
                 if seq > listed.get(writer, 0):
                     self.findings.add(Code.UNLISTED, writer=writer, seq=listed.get(writer, 0) + 1)
+
+
+class _Counts:
+    """Counts entries between the offsets at which checkpoints begin and end; memory does not grow with entries."""
+
+    def __init__(self, bodies: Sequence[Body]) -> None:
+        self._bodies = bodies
+        ends = zip(*(one for body in bodies for one in (body.since, body.upto)), strict=True)
+        self._bounds = [sorted(set(offsets)) for offsets in ends]
+        self._counts = [[0] * (len(bounds) + 1) for bounds in self._bounds]
+
+    def add(self, partition: int, offset: int) -> None:
+        if partition < len(self._bounds):
+            self._counts[partition][bisect_right(self._bounds[partition], offset)] += 1
+
+    def wrong(self) -> Iterator[int]:
+        """Yield the numbers of the checkpoints that say another count."""
+        before = [list(accumulate(counts)) for counts in self._counts]
+        for body in self._bodies:
+            found = 0
+            for partition, (since, upto) in enumerate(zip(body.since, body.upto, strict=True)):
+                bounds, sums = self._bounds[partition], before[partition]
+                found += sums[bisect_left(bounds, upto)] - sums[bisect_left(bounds, since)]
+            if found != body.entries:
+                yield body.number
 
 
 class Expected(NamedTuple):
@@ -313,20 +358,29 @@ class Expected(NamedTuple):
     wanted: dict[tuple[str, int], str]
     listed: dict[str, int]
     known: tuple[Head, ...]
+    covering: tuple[Body, ...]
+
+
+def is_within(body: Body, begin: Sequence[int]) -> bool:
+    """Return whether all that a checkpoint covers is at or behind these offsets, so that it can be looked for there."""
+    return len(body.since) == len(begin) and all(map(int.__ge__, body.since, begin))
 
 
 def expected(checkpoints: Iterable[Body], begin: Sequence[int]) -> Expected:
     """Return what must stand in the log from `begin` on, by all checkpoints that cover something of it."""
     wanted, listed, known = dict[tuple[str, int], str](), dict[str, int](), tuple[Head, ...]()
+    covering: list[Body] = []
     for one in checkpoints:
-        inside = len(one.since) == len(begin) and all(map(int.__ge__, one.since, begin))
+        inside = is_within(one, begin)
+        if inside:
+            covering.append(one)
         for writer, seq, digest in one.heads:
             listed[writer] = max(seq, listed.get(writer, 0))
             if inside:
                 wanted[writer, seq] = digest
-        if one.upto == tuple(begin):
+        if one.upto == tuple(begin) and not inside:  # one that is inside has heads of what follows: a part of many
             known += one.heads
-    return Expected(wanted, listed, known)
+    return Expected(wanted, listed, known, tuple(covering))
 
 
 # --- what they add up to -----------------------------------------------------------------------------------------

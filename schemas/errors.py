@@ -4,7 +4,21 @@ Rules of this file: no error ever holds a record, a number, a token or a text; t
 default message; whoever raises names what an operator needs to find the place (stream, partition, offset).
 """
 
+import re
 from enum import StrEnum
+
+_DIGITS = re.compile(r"[0-9](?:[ ()]*[0-9]){6}")
+_SPELT = re.compile(r"[0-9](?:[ .()-]*[0-9]){6}")
+
+
+def _harmless(value: str | int) -> str:
+    """Return a place as it may be shown: in a path, seven digits may be a number that was typed by mistake.
+
+    What has a colon is the address of a server, whose digits have points and dashes between.
+    """
+    if isinstance(value, int):
+        return str(value)
+    return "/".join("…" if (_DIGITS if ":" in part else _SPELT).search(part) else part for part in value.split("/"))
 
 
 class StreamveilError(Exception):
@@ -17,7 +31,7 @@ class StreamveilError(Exception):
         super().__init__(self.message)
 
     def __str__(self) -> str:
-        place = " ".join(f"{key}={value}" for key, value in self.where.items())
+        place = " ".join(f"{key}={_harmless(value)}" for key, value in self.where.items())
         return f"{self.message} ({place})" if place else self.message
 
 

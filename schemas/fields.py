@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from decimal import Decimal
 from enum import StrEnum
 from functools import lru_cache
-from typing import Any, get_type_hints
+from typing import Any, Final, get_type_hints
 
 import msgspec
 import phonenumbers
@@ -123,6 +123,10 @@ def is_reason(text: str) -> bool:
     somebody's number. A letter makes a reference of it (`CASE-2026-117`, `INC0012345`).
     """
     return REASON.fullmatch(text) is not None and _DIGITS_ONLY.fullmatch(text) is None
+
+
+NO_REASON: Final = "the reason must be a code or case reference: at most 40 letters, digits, - _ /, and no number alone"
+"""What to say of a text that is none."""
 
 
 # --- parties ------------------------------------------------------------------------------------------------

@@ -7,14 +7,14 @@ import os
 import socket
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 
 from processors.pipeline import Pipeline
 from processors.plan import Planner
 from processors.screen.suppression import Tokens
 from schemas.catalog import CATALOG
-from schemas.errors import InputInvalid, KeysUnusable, LogUnusable, TokensChange
+from schemas.errors import InputInvalid, KeysUnusable, LogUnusable, Retriable, TokensChange
 from streams.config import Config
 from streams.keys.audit import Auditor
 from streams.keys.cache import KeyCache, KeyLease
@@ -120,13 +120,14 @@ class Deployment:
         Under the lease the token key stays current: a rotation waits until the lease has run out or taken note.
         """
         lease = KeyLease(self.store, process_id(), self.config.key_lease_s)
-        lease.renew()
-        if not rotating:
-            try:
+        try:
+            lease.renew()
+            if not rotating:
                 self.settled()
-            except BaseException:
+        except BaseException:
+            with suppress(Retriable):  # it runs out by itself
                 lease.drop()
-                raise
+            raise
         return KeyCache(self.store, lease), lease
 
     @property

@@ -3,12 +3,15 @@
 Rules of this file:
 - What is written is what a worker would write for a preference: same tokens, same keys, sealed in the same way.
 - A lift is a record: `remove` writes an opt-in of exactly the entry that stands, and nothing where none stands.
+- A block, an entry of the authority `officer`, is the privacy officer's to make and to lift; it stands in `audit`
+  before it is written: how many, of which scope, class and channel, and nobody's token.
 - An error names the column that is wrong, never what stood in it.
 """
 
 import csv
 import os
 import re
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from itertools import islice
@@ -23,18 +26,20 @@ from processors.screen.suppression import MAX_AHEAD_S, TOKEN_MARK, Change, Overl
 from processors.seal import ENTROPY_BYTES, Entropy, Sealer
 from schemas.catalog import partition_for
 from schemas.errors import InputInvalid, KeysUnusable
-from schemas.fields import REASON, Kind, Party, is_account, is_record_id, normalise
+from schemas.fields import NO_REASON, Kind, Party, is_account, is_reason, is_record_id, normalise
 from schemas.inbound import Channel, SuppressionClass
 from schemas.outbound import Message, Output
 from streams.deployment import Deployment
 from streams.keys.cache import KeyCache
 from streams.keys.reveal import State
+from streams.keys.roles import OFFICER, only_officer
 from streams.log.protocol import Stored
 from streams.state.suppressions import STREAM, SuppressionTail
 
 CLASSES: Final = get_args(SuppressionClass)
 CHANNELS: Final = get_args(Channel)
-AUTHORITIES: Final = ("person", "officer")
+_BLOCKS: Final = "officer"
+AUTHORITIES: Final = ("person", _BLOCKS)
 COLUMNS: Final = ("number", "account", "sender", "campaign", "class", "channel", "authority", "reason", "event_at")
 CHUNK_LINES: Final = 5000
 _PAGE: Final = 1000
@@ -50,7 +55,7 @@ _WRONG: Final = {
     "class": f"the class is one of {', '.join(CLASSES)}",
     "channel": f"the channel is one of {', '.join(CHANNELS)}, or left out for both",
     "authority": f"the authority is one of {', '.join(AUTHORITIES)}",
-    "reason": "the reason must be a code or case reference: at most 40 letters, digits, - _ /",
+    "reason": NO_REASON,
     "event_at": "a time is RFC 3339 (2026-11-21T14:00:00Z) or a date (2026-11-21)",
 }
 
@@ -116,14 +121,22 @@ class OptOuts:
         self._deployment.settled()
 
     async def add(self, entries: Sequence[Entry], now_s: int) -> int:
-        """Write the opt-outs, one record per channel, durable on return; return how many. Raises EntryInvalid."""
+        """Write the opt-outs, one record per channel, durable on return; return how many.
+
+        Raises EntryInvalid, and RevealDenied for a block of whoever is not the privacy officer.
+        """
         changes = [change for entry in entries for change in self.changes(entry, now_s)]
         return await self._apply(changes, now_s)
 
     async def remove(self, entry: Entry, now_s: int) -> int:
-        """Lift exactly these opt-outs; return how many stood and were lifted. Raises EntryInvalid, InputInvalid."""
+        """Lift exactly these opt-outs; return how many stood and were lifted.
+
+        Raises EntryInvalid, InputInvalid, and RevealDenied for a block and whoever is not the privacy officer.
+        """
         lifts = []
-        for change in self.changes(entry, now_s):
+        asked = self.changes(entry, now_s)
+        self._permit(asked)
+        for change in asked:
             state = (self._tail.view.get(change.token) or {}).get(change.rule)
             if state is None or not state.out:
                 continue
@@ -164,7 +177,7 @@ class OptOuts:
             raise EntryInvalid("channel")
         if entry.authority not in AUTHORITIES:
             raise EntryInvalid("authority")
-        if entry.reason and (not REASON.fullmatch(entry.reason) or _tells(entry.reason, party)):
+        if entry.reason and (not is_reason(entry.reason) or _tells(entry.reason, party)):
             raise EntryInvalid("reason")
         event_s = _event_s(entry.event_at) if entry.event_at else now_s
         token = self._tokens.of(party.value)
@@ -230,13 +243,43 @@ class OptOuts:
 
     async def _apply(self, changes: Sequence[Change], now_s: int) -> int:
         """Append what takes effect over the view, and take it over; return how many records that was."""
+        self._permit(changes)
         overlay = Overlay(self._tail.view)
         for change in changes:
             overlay.apply(change, now_s)
         if overlay.changes:
+            await self._audit([change for change in overlay.changes if change.rule.authority == _BLOCKS])
             await self._append(overlay.changes, now_s)
             self._tail.view.merge(overlay)
         return len(overlay.changes)
+
+    def _permit(self, changes: Iterable[Change]) -> None:
+        """Return if this process may make these changes. Reads files. Raises RevealDenied."""
+        if any(change.rule.authority == _BLOCKS for change in changes):
+            only_officer(self._deployment.who())
+
+    async def _audit(self, blocks: Sequence[Change]) -> None:
+        """Write one entry for blocks that are made, and one for those that are lifted, durable on return.
+
+        `entries`: `{"scope": KIND, "class": …, "channel": …, "count": N}`; `reason`: that of them all, if it is one.
+        """
+        for action, out in (("block", True), ("unblock", False)):
+            these = [change for change in blocks if change.out is out]
+            if not these:
+                continue
+            kinds = Counter((one.rule.scope.partition(":")[0], one.rule.class_, one.rule.channel) for one in these)
+            reasons = {one.reason for one in these}
+            await self._deployment.auditor().write(
+                action,
+                role=OFFICER,
+                reason=reasons.pop() if len(reasons) == 1 else None,
+                stream=STREAM,
+                count=len(these),
+                entries=[
+                    {"scope": scope, "class": class_, "channel": channel, "count": count}
+                    for (scope, class_, channel), count in sorted(kinds.items())
+                ],
+            )
 
     async def _append(self, changes: Sequence[Change], now_s: int) -> None:
         """Seal and append, under a key lease of its own."""
@@ -254,7 +297,9 @@ class OptOuts:
         """Write the opt-outs of a CSV file with a header, and return what came of it. Blocks.
 
         `bad` is told of each line (number from 1, column or reason code) that is not understood; all others are
-        written. `advance` is told of bytes read. Raises InputInvalid if the header is none.
+        written. `advance` is told of bytes read. Raises InputInvalid if the header is none, and RevealDenied at a
+        block if this is not the privacy officer: lines before it may have been written, and loading it all again does
+        no harm.
         """
         source = iter(lines)
         columns = _columns(next(source, b""))
@@ -281,7 +326,7 @@ class OptOuts:
         Read to the end first. Raises InputInvalid for a reason that is none, RevealDenied, and KeysUnusable if an
         opt-out does not open: an export that lacks one would lose it.
         """
-        if not REASON.fullmatch(reason):
+        if not is_reason(reason):
             raise EntryInvalid("reason")
         await self.catch_up()
         revealer = self._deployment.revealer()

@@ -176,6 +176,8 @@ class Source(NamedTuple):
         Raises InputInvalid.
         """
         if self.name == STDIN:
+            if sys.stdin is None:
+                raise InputInvalid("standard input is closed, and - is to be read from it")
             yield sys.stdin.fileno(), False
             return
         try:

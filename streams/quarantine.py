@@ -6,6 +6,7 @@ Rules of this file:
 - `replay` appends the bytes to the stream they came from, then resolves. The append carries a bookmark that names
   the entry. So a run that was killed in between is seen by the next one, which only resolves: nothing is replayed
   twice, unless two processes replay the same entry at the same moment.
+- Either is for whoever may open quarantine (operator, dpo), and stands in `audit` before it is done, with the places.
 - What an entry holds is opened by the Revealer only, and goes nowhere but back into its stream.
 """
 
@@ -18,8 +19,8 @@ import orjson
 
 from processors.retention import instant
 from schemas.catalog import INPUTS
-from schemas.errors import InputInvalid, LogUnusable
-from schemas.fields import REASON
+from schemas.errors import InputInvalid, LogUnusable, RevealDenied
+from schemas.fields import NO_REASON, is_reason
 from schemas.outbound import Message, Output
 from streams.deployment import Deployment
 from streams.keys.reveal import Revealed, State
@@ -30,6 +31,7 @@ STREAM: Final = "quarantine"
 _PAGE: Final = 500
 _OPENED_AT_ONCE: Final = 20
 """Records may be of 2 MB and more."""
+_AUDITED: Final = 1000
 
 Action = Literal["replayed", "discarded"]
 
@@ -97,18 +99,24 @@ def select(found: Sequence[Entry], place: Place) -> list[Entry]:
 
 
 class Quarantine:
-    """Replays and discards entries of one deployment, for a reason. Raises InputInvalid if that is no REASON."""
+    """Replays and discards entries of one deployment, for a reason. Raises InputInvalid if that is none."""
 
     def __init__(self, deployment: Deployment, reason: str) -> None:
-        if not REASON.fullmatch(reason):
-            raise InputInvalid("the reason must be a code or case reference: at most 40 letters, digits, - _ /")
+        if not is_reason(reason):
+            raise InputInvalid(NO_REASON)
         self._deployment = deployment
         self._log = deployment.log
         self._reason = reason
         self._revealer = deployment.revealer()
+        self._role = deployment.who().role_for(STREAM)
 
     async def discard(self, chosen: Sequence[Entry]) -> int:
-        """Resolve entries without replaying them, durable on return, and return how many; they stay sealed."""
+        """Resolve entries without replaying them, durable on return, and return how many; they stay sealed.
+
+        Blocks. Raises RevealDenied.
+        """
+        self._permit()
+        await self._audit("discard", chosen)
         for entry in chosen:
             await self._resolve(entry, "replayed" if await self._was_replayed(entry) else "discarded")
         return len(chosen)
@@ -118,16 +126,41 @@ class Quarantine:
 
         What does not open stays as it is. Blocks. Raises RevealDenied.
         """
+        self._permit()
         counts: dict[State, int] = {}
         for at in range(0, len(chosen), _OPENED_AT_ONCE):
             few = chosen[at : at + _OPENED_AT_ONCE]
             opened = await self._revealer.reveal([await self._read(entry) for entry in few], self._reason)
+            revealed = [one for one, result in zip(few, opened, strict=True) if result.state is State.REVEALED]
+            await self._audit("replay", revealed)
             for entry, result in zip(few, opened, strict=True):
                 if result.state is State.REVEALED:
                     await self._send_back(entry, _bytes(result))
                     await self._resolve(entry, "replayed")
                 counts[result.state] = counts.get(result.state, 0) + 1
         return counts
+
+    def _permit(self) -> None:
+        """Return if this process may resolve what is in quarantine. Raises RevealDenied."""
+        if self._role is None:
+            raise RevealDenied(
+                "only an operator or the privacy officer may resolve what is in quarantine; ask for a grant in the"
+                " roles file",
+                stream=STREAM,
+            )
+
+    async def _audit(self, action: str, these: Sequence[Entry]) -> None:
+        """Write what is about to be done, durable on return: at most `_AUDITED` places in one entry."""
+        for at in range(0, len(these), _AUDITED):
+            few = these[at : at + _AUDITED]
+            await self._deployment.auditor().write(
+                action,
+                role=self._role,
+                reason=self._reason,
+                stream=STREAM,
+                count=len(few),
+                records=[[one.place.partition, one.place.offset] for one in few],
+            )
 
     async def _read(self, entry: Entry) -> Stored:
         for stored in await self._log.read(STREAM, entry.place.partition, entry.place.offset, 1):

@@ -27,10 +27,11 @@ def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
     releasing = verbs.add_parser("release", help="end a legal hold, and destroy what only it had kept")
     add_choice(releasing)
     releasing.set_defaults(run=_release)
+    holding.add_argument("--reason", metavar="REASON", default=NOT_STATED, help="a code or case reference; logged")
+    releasing.add_argument("--reason", metavar="REASON", help="that of the hold; default: the only one in force")
     for verb in (holding, releasing):
         add_period(verb)
         verb.add_argument("account", metavar="ACCOUNT")
-        verb.add_argument("--reason", metavar="REASON", default=NOT_STATED, help="a code or case reference; logged")
         verb.add_argument("--json", action="store_true", help="one JSON object")
     leaving = verbs.add_parser("offboard", help="destroy an account's keys when its agreement ends (CAL-7); or list")
     leaving.add_argument("account", metavar="ACCOUNT", nargs="?", help="without it: the accounts that left or will")
@@ -83,7 +84,10 @@ def _offboard(args: argparse.Namespace) -> int:
             _print_leaving(args, offboard.schedule(office.deployment))
         elif terminated_s is None:
             was = await offboard.cancel(office.deployment, account)
-            print(f"{account} {'stays' if was else 'was not leaving'}")
+            if args.json:
+                print_json({"account": account, "cancelled": was})
+            else:
+                print(f"{account} {'stays' if was else 'was not leaving'}")
         else:
             now_s = int(time.time())
             done = await offboard.offboard(office.deployment, account, terminated_s, now_s, dry=args.dry)

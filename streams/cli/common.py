@@ -14,9 +14,33 @@ from schemas.errors import InputInvalid
 STDIN = "-"
 
 
-def number(argument: str) -> str:
-    """Return a NUMBER argument, or the first line of standard input for `-`."""
-    return plain(sys.stdin.buffer.readline().decode("utf-8", "replace") if argument == STDIN else argument).strip()
+_MOST = 65_536
+"""Bytes of standard input that are looked at where one line is expected."""
+
+
+def number(argument: str, *, alone: bool = True) -> str:
+    """Return a NUMBER argument, or for `-` the one line of standard input; a terminal is read up to its first.
+
+    Raises InputInvalid if there is more than one line, for the others would be left out without a word; not `alone`:
+    what follows is the caller's to read.
+    """
+    if argument != STDIN:
+        return plain(argument).strip()
+    source = stdin()
+    text = source.readline(_MOST)
+    if alone and not source.isatty():
+        text += source.read(_MOST)
+    lines = [line.strip() for line in text.decode("utf-8-sig", "replace").splitlines() if line.strip()]
+    if len(lines) > 1:
+        raise InputInvalid("standard input has more than one line: give one number at a time")
+    return lines[0] if lines else ""
+
+
+def stdin() -> BinaryIO:
+    """Return standard input. Raises InputInvalid if whoever started this closed it."""
+    if sys.stdin is None:
+        raise InputInvalid("standard input is closed, and - is to be read from it")
+    return sys.stdin.buffer
 
 
 def plain(text: str) -> str:
@@ -28,7 +52,7 @@ def plain(text: str) -> str:
 def opened(name: str) -> Iterator[BinaryIO]:
     """Open a file to read, or standard input for `-`. Raises InputInvalid; a name that is no file is not repeated."""
     if name == STDIN:
-        yield sys.stdin.buffer
+        yield stdin()
         return
     try:
         file = Path(name).open("rb")  # noqa: SIM115 — closed below; here it is only seen whether it opens

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from streams.keys.ledger import Request
     from streams.officer.office import Office
 
+_LONGEST_AGO_S = 366 * 86_400
+
 
 def add_person(verb: argparse.ArgumentParser) -> None:
     """Add whose data a command is about, and why."""
@@ -29,13 +31,19 @@ def add_received(verb: argparse.ArgumentParser) -> None:
 
 
 def at_desk(args: argparse.Namespace, work: "Callable[[Office], Awaitable[None]]") -> int:
-    """Do some work as the privacy officer, and return the exit status. Raises RevealDenied to anybody else."""
+    """Do some work as the privacy officer, and return the exit status. Raises RevealDenied to anybody else.
+
+    The account that the command is about, if there is one, must be known: else InputInvalid, and nothing is done.
+    """
     from streams.deployment import Deployment
-    from streams.officer.office import office
+    from streams.officer.office import check_account, office
 
     async def inside() -> None:
         async with Deployment.open(load(args), create=False) as deployment:
-            await work(office(deployment))
+            desk, account = office(deployment), account_of(args)
+            if account is not None:
+                await check_account(deployment, account)
+            await work(desk)
 
     asyncio.run(inside())
     return 0
@@ -52,6 +60,8 @@ def received_s(args: argparse.Namespace) -> int:
     came_s = now_s if args.received is None else instant_s(args.received)
     if came_s > now_s:
         raise InputInvalid("--received is ahead of the clock")
+    if came_s < now_s - _LONGEST_AGO_S:
+        raise InputInvalid("--received is more than a year ago; give when the request came")
     return came_s
 
 

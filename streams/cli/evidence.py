@@ -49,11 +49,12 @@ def _report(args: argparse.Namespace) -> int:
 
     made = asyncio.run(make())
     if args.json:
-        print_json(
-            {"folder": str(made.folder), "key": made.key, "entries": made.entries, "exceptions": made.exceptions}
-        )
+        found = {"folder": str(made.folder), "from": made.window[0], "to": made.window[1], "key": made.key}
+        print_json(found | {"entries": made.entries, "exceptions": made.exceptions})
         return 0
     print(f"{made.folder}: {made.entries} audit entries, signed by the key {made.key}")
+    if made.window[1] != instant(to_s):
+        say(f"--to is not over: the report ends at {made.window[1]}")
     for kind, count in made.exceptions.items():
         say(f"exceptions, {kind}: {count}; see exceptions.json")
     return 0
@@ -66,7 +67,8 @@ def _verify(args: argparse.Namespace) -> int:
     checks = verify(Path(args.folder), *paths)
     for check in checks:
         if args.json:
-            print_json({"check": check.what, "passed": check.passed, "findings": list(check.findings)})
+            found = {"check": check.what, "passed": check.passed, "findings": list(check.findings)}
+            print_json(found | dict(check.about))
             continue
         print(f"{'ok' if check.passed else 'WRONG'}  {check.what}")
         for finding in check.findings:
@@ -81,7 +83,7 @@ def _key(args: argparse.Namespace) -> int:
 
     async def get() -> tuple[bytes, str]:
         async with Deployment.open(load(args), create=False) as deployment:
-            key = (await evidence.signing_key(deployment.store)).public_key()
+            key = await evidence.public_key(deployment)
             return evidence.public_pem(key), fingerprint(key)
 
     pem, name = asyncio.run(get())

@@ -196,7 +196,8 @@ async def _destroyed(config: Config, now_s: int, *, dry: bool) -> "Died":
 def _reconcile(args: argparse.Namespace) -> int:
     done = asyncio.run(_reconciled(load(args), incomplete=args.yes))
     if args.json:
-        print_json({**done._asdict(), "missing": [mark._asdict() for mark in done.missing]})
+        marks = {"missing": done.missing, "nameless": done.nameless}
+        print_json({**done._asdict(), **{name: [mark._asdict() for mark in them] for name, them in marks.items()}})
         return 0
     print(
         f"up to date: {done.sids:,} secrets of people and {done.epochs:,} epochs are destroyed, {done.ended:,} holds"
@@ -204,6 +205,19 @@ def _reconcile(args: argparse.Namespace) -> int:
     )
     for mark in done.missing:
         say(f"the backup does not have {mark.kind} {mark.id}, case {mark.reason}: make it again")
+    for mark in done.nameless:
+        say(
+            f"{mark.kind} {mark.id}, case {mark.reason}, is in force, but its number is lost: make it again, with the"
+            " same number, case and period; until then no token key is rotated"
+        )
+    for hold in done.successors:
+        say(f"hold {hold} goes on for one whose copies are lost: retention run copies what still lives")
+    if done.given_up:
+        epochs = ", ".join(sorted({"/".join(name.split("/")[::2]) for name in done.given_up}))
+        say(
+            f"given up: {epochs}. What was sealed under these epochs opens no more, and nothing is sealed under them"
+            " again: records of their time get no personal part, or no content, until the epoch is over"
+        )
     say("run retention run now, and take a new backup of the key store")
     return 0
 

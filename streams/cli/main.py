@@ -1,20 +1,22 @@
 """The command line: nouns and verbs, one clear line per error, exit 1 for errors and 2 for wrong usage."""
 
 import argparse
-import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from schemas.errors import Retriable, StreamveilError
+from streams.cli import standard
 
 NOUNS = (
     "demo", "publish", "run", "tail", "screen", "optout", "registry", "quarantine", "keys", "retention", "policy",
     "streams", "subject", "account", "evidence",
 )  # fmt: skip
+_OPTION = re.compile(r"--[a-z]+(-[a-z]+)*")
 _SAFE = (
     "the following arguments are required:",
     "one of the arguments",
@@ -24,6 +26,7 @@ _SAFE = (
 )
 
 
+_OURS = "this command takes "
 _ROOT = Path(__file__).parents[2]
 _PACKAGES = ("schemas", "processors", "streams")
 
@@ -31,17 +34,33 @@ _PACKAGES = ("schemas", "processors", "streams")
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors never repeat what was typed: an argument may be somebody's number."""
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, and let whoever does not know an argument say so: its usage is the one that helps."""
+        found, rest = super().parse_known_args(args, namespace)
+        if rest:
+            self.error(_surplus(rest))
+        return found, rest
+
     def error(self, message: str) -> NoReturn:
         """Print usage and one line, and exit 2."""
-        text = message if any(safe in message for safe in _SAFE) else _anonymised(message)
+        known = message.startswith(_OURS) or any(safe in message for safe in _SAFE)
+        text = message if known else _anonymised(message)
         self.print_usage(sys.stderr)
         self.exit(2, f"{self.prog}: error: {text}\n")
+
+
+def _surplus(rest: Sequence[str]) -> str:
+    """Return what to say of arguments that a command does not take; of what was typed, options' names only."""
+    names = [name for name in (one.partition("=")[0] for one in rest) if _OPTION.fullmatch(name)]
+    if names:
+        return f"{_OURS}no option {' or '.join(dict.fromkeys(names))}; see --help"
+    return f"{_OURS}no more arguments than the usage shows; see --help"
 
 
 def _anonymised(message: str) -> str:
     if message.startswith("argument ") and ": " in message:
         return f"{message.split(': ', 1)[0]}: the value is not one that it takes; see --help"
-    return "there are arguments that this command does not take; see --help"
+    return f"{_OURS}other arguments; see --help"
 
 
 def parser() -> Parser:
@@ -72,23 +91,35 @@ def _leaves(node: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status: 0, 1 for an error (one line on standard error), 2 for wrong usage."""
-    args = parser().parse_args(argv)
     try:
-        return int(args.run(args))
+        standard.prepare()
+        args = _parsed(argv)
+        status = int(args.run(args))
+        sys.stdout.flush()
     except Retriable as error:
-        print(f"streamveil: {error}; nothing was done by this last step, try again", file=sys.stderr)
+        print(f"streamveil: {error}; it stopped there: give the command again once that is over", file=sys.stderr)
         return 1
     except StreamveilError as error:
         print(f"streamveil: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains at its end
         return 1
     except KeyboardInterrupt:
         return 130
     except Exception as error:  # its message and its traceback may hold what was worked on
         print(f"streamveil: {_where(error)}", file=sys.stderr)
         return 1
+    finally:
+        standard.finish()
+    return status
+
+
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    try:
+        return parser().parse_args(argv)
+    except SystemExit:
+        sys.stdout.flush()  # the help
+        raise
 
 
 def _where(error: Exception) -> str:

@@ -24,7 +24,7 @@ def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
     listing.set_defaults(run=_list)
     replaying = verbs.add_parser("replay", help="send records back to the stream they came from; logged to audit")
     replaying.set_defaults(run=_replay)
-    discarding = verbs.add_parser("discard", help="take records off the list; they stay sealed and die in time")
+    discarding = verbs.add_parser("discard", help="take records off the list; they stay sealed and die in time; logged")
     discarding.set_defaults(run=_discard)
     for verb in (replaying, discarding):
         verb.add_argument("--all", action="store_true", help="everything that is not resolved")

@@ -1,7 +1,6 @@
 """`streamveil registry load|status`: bring in a Do-Not-Call list, and see how old the loaded ones are."""
 
 import argparse
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,10 +14,9 @@ import msgspec
 from processors.screen.registry import DAY_S, BitmapRegistry, age_s, freshness
 from schemas.errors import InputInvalid
 from schemas.policy import Policy, RegistryRule
+from streams.cli.times import instant_s
 
 US_CALLING_CODE = "1"
-_DATE = re.compile(r"\d{4}-\d\d-\d\d")
-_INSTANT = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)")
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -41,7 +39,7 @@ def load(args: argparse.Namespace) -> int:
     config = deployment.load(args)
     rule = _rule(config.policy, args.name)
     now_s = int(time.time())
-    as_of_s = now_s if args.as_of is None else _instant_s(args.as_of)
+    as_of_s = now_s if args.as_of is None else instant_s(args.as_of)
     if as_of_s > now_s + DAY_S:
         raise InputInvalid("--as-of lies in the future; give the date of the list")
     with _progress(args.files) as progress:
@@ -117,18 +115,6 @@ def _table(rows: Sequence[Row]) -> str:
 
 def _rfc3339(at_s: int) -> str:
     return datetime.fromtimestamp(at_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def _instant_s(text: str) -> int:
-    """Return the Unix seconds of an RFC 3339 instant, or of the UTC start of a date. Raises InputInvalid."""
-    try:
-        if _DATE.fullmatch(text):
-            return int(datetime.fromisoformat(text).replace(tzinfo=UTC).timestamp())
-        if _INSTANT.fullmatch(text):
-            return int(datetime.fromisoformat(text.upper()).timestamp())
-    except (ValueError, OverflowError):
-        pass  # said below
-    raise InputInvalid("--as-of must be a date such as 2026-11-01 or an instant such as 2026-11-01T00:00:00Z")
 
 
 @contextmanager

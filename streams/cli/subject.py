@@ -60,7 +60,7 @@ def add_period(verb: argparse.ArgumentParser) -> None:
 
 def add_choice(verb: argparse.ArgumentParser) -> None:
     """Add what says which of several holds."""
-    verb.add_argument("--hold", metavar="ID", help="which one, if several are in force; else that of the same REASON")
+    verb.add_argument("--hold", metavar="ID", help="which one; else that of the same REASON")
 
 
 def period(args: argparse.Namespace) -> tuple[int | None, int | None]:
@@ -88,11 +88,16 @@ def _erase(args: argparse.Namespace) -> int:
         if args.json:
             print_json(
                 {"owner": done.owner, "erased": done.secrets, "sequence": done.sequence, "opt_outs": "stand",
-                 "backups_until": until, **clocks(done.request)}
+                 "backups_until": until, "held": [{"hold": mark.id, "reason": mark.reason} for mark in done.held],
+                 **clocks(done.request)}
             )  # fmt: skip
         else:
             print(f"erased: person secrets destroyed in {_data_of(done.owner)}: {done.secrets}")
             print("what they sealed before this line opens nowhere any more; what is sealed from now on opens as ever")
+            for mark in done.held:
+                print(
+                    f"copies under hold {mark.id} ({mark.reason}), of another person, keep the number until its release"
+                )
             print("opt-outs of this person stand; see optout check")
             print("what lies in quarantine is under nobody's name, for at most 7 days; see quarantine list")
             if until is not None:

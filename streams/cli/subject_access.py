@@ -84,7 +84,7 @@ def _rectify(args: argparse.Namespace) -> int:
 async def _correct(args: argparse.Namespace, office: "Office") -> None:
     from streams.officer.rectify import Rectification, corrections_of, place_of
 
-    whose, document = number(args.number), None
+    whose, document = number(args.number, alone=args.correction != "-"), None
     if args.correction is not None:
         with opened(args.correction) as file:
             document = file.read()
@@ -95,11 +95,12 @@ async def _correct(args: argparse.Namespace, office: "Office") -> None:
         done = await work.apply(fields, places, advance)
     if args.json:
         counts = {"corrected": done.corrected, "unchanged": done.unchanged, "not_opened": done.not_opened}
-        print_json({**counts, **clocks(done.request)})
+        print_json({**counts, **({"request": None} if done.request is None else clocks(done.request))})
     elif done.corrected or done.unchanged:
         print(f"corrected: {done.corrected} records; {done.unchanged} said so already")
     else:
         print("no record of this person has such a field; nothing was written")
     if done.not_opened and not args.json:
         print("not corrected: " + ", ".join(f"{count} {why}" for why, count in done.not_opened.items()))
-    say_whom(done.request)
+    if done.request is not None:
+        say_whom(done.request)

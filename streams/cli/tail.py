@@ -13,7 +13,7 @@ import orjson
 
 from schemas.catalog import CATALOG, INPUTS
 from schemas.errors import InputInvalid
-from schemas.fields import REASON
+from schemas.fields import NO_REASON, is_reason
 from streams.config import load
 from streams.deployment import Deployment, reading
 from streams.keys.reveal import Revealed
@@ -49,8 +49,8 @@ def _count(text: str) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    if args.reveal and not REASON.fullmatch(args.reason or ""):
-        raise InputInvalid("--reveal needs --reason: a code or case reference of at most 40 letters, digits, - _ /")
+    if args.reveal and not is_reason(args.reason or ""):
+        raise InputInvalid(f"--reveal needs --reason: {NO_REASON}")
     asyncio.run(_show(args))
     return 0
 
@@ -64,6 +64,7 @@ async def _show(args: argparse.Namespace) -> None:
         return
     async with Deployment.open(config, create=False) as deployment:
         revealer = deployment.revealer()
+        revealer.permit(args.stream)
         async for page in _pages(deployment.log, args):
             _print(page, await revealer.reveal(page, args.reason), args)
 

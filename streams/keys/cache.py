@@ -8,6 +8,7 @@ renewal says that nothing sealed under older destructions will be committed any 
 import math
 import time
 from collections.abc import Callable, Collection
+from functools import partial
 from itertools import chain, islice
 from typing import TypeVar
 
@@ -22,10 +23,11 @@ _K = TypeVar("_K")
 
 
 class KeyLease:
-    """A process's right to seal: valid from before a renewal for `duration_s`, by the clock of this process.
+    """A process's right to seal: valid from before a renewal for `duration_s`, by both clocks of this process.
 
     The store counts from when it got the renewal, by its own clock, so it never thinks that a lease has ended while the
-    process still thinks that it holds, as long as both clocks run alike for `duration_s`.
+    process still thinks that it holds, as long as both run alike for `duration_s`. `clock` may be set back or forth;
+    `steady` (s, from any instant on) is not, and goes on while the machine sleeps.
     """
 
     def __init__(
@@ -34,38 +36,42 @@ class KeyLease:
         process_id: str,
         duration_s: float = 30.0,
         clock: Callable[[], float] = time.time,
+        steady: Callable[[], float] = partial(time.clock_gettime, time.CLOCK_BOOTTIME),
     ) -> None:
         self.sequence = -1
         """The destruction sequence as last read; -1 before the first renewal."""
         self.clock = clock
+        self._steady = steady
         self._store = store
         self._process_id = process_id
         self._duration_s = duration_s
+        self._renewed_steady_s = -math.inf
         self._renewed_s = math.inf
         self._expires_s = -math.inf
 
-    def renew(self) -> bool:
-        """Extend the lease and return whether the destruction sequence moved; then guards handed out earlier refuse.
+    def renew(self) -> None:
+        """Extend the lease, and read the destruction sequence: if it moved, guards handed out earlier refuse.
 
-        Blocks on the key store. If it raises (`KeysBusy`, `KeysFull`), the lease runs out when it would have.
+        Blocks on the key store. If it raises (`KeysBusy`, `KeysFull`), the lease runs out when it would have; the
+        sequence may have moved all the same.
         """
-        now_s = self.clock()
+        now_s, steady_s = self.clock(), self._steady()
         sequence = self._store.renew_lease(self._process_id, self._duration_s, self.sequence)
-        moved = sequence != self.sequence
-        if moved:  # from here on every guard refuses what is older, so the store may know at once
+        if sequence != self.sequence:  # from here on every guard refuses what is older, so the store may know at once
             self.sequence = sequence
             self._store.renew_lease(self._process_id, self._duration_s, sequence)
-        self._renewed_s, self._expires_s = now_s, now_s + self._duration_s
-        return moved
+        self._renewed_s, self._expires_s, self._renewed_steady_s = now_s, now_s + self._duration_s, steady_s
 
     def valid(self, margin_s: float = 0) -> bool:
         """Return whether the lease holds now and for `margin_s`; a clock moved back before the last renewal ends it."""
-        return self._renewed_s <= self.clock() < self._expires_s - margin_s
+        left = self._steady() < self._renewed_steady_s + self._duration_s - margin_s
+        return left and self._renewed_s <= self.clock() < self._expires_s - margin_s
 
     def due(self, now_s: float | None = None) -> bool:
         """Return whether it is time to renew: a second after the last renewal, or the clock was moved back."""
         now_s = self.clock() if now_s is None else now_s
-        return not self._renewed_s <= now_s < self._renewed_s + RENEW_AFTER_S
+        late = self._steady() >= self._renewed_steady_s + RENEW_AFTER_S
+        return late or not self._renewed_s <= now_s < self._renewed_s + RENEW_AFTER_S
 
     def drop(self) -> None:
         """End the lease here and in the store; idempotent."""

@@ -150,7 +150,9 @@ class LocalKms:
         """Overwrite and delete a KEK, and note that it is never made again, durable on return; idempotent."""
         path, (day, number) = self._kek_path(name), _parts(name)
         with self._locked():
-            state = self._state() or _State(0, {})
+            state = self._state()
+            if state is None:  # a new one would forget what was destroyed
+                raise self._lost()
             if state.gone.get(day, 0) < number:
                 self._put_state(_State(state.counter, state.gone | {day: number}))
             self._sweep()
@@ -163,6 +165,11 @@ class LocalKms:
             found = [entry.name for entry in os.scandir(self._folder)]
         names = [name.removeprefix(start).removesuffix(end) for name in found if name.startswith(start)]
         return sorted((name for name in names if f"{start}{name}{end}" in found and _NAME.fullmatch(name)), key=_parts)
+
+    def last_destroyed(self, day: str) -> int:
+        """Return the highest generation of a day that was destroyed; 0: none."""
+        state = self._state()
+        return 0 if state is None else state.gone.get(day, 0)
 
     def rotate_root(self) -> None:
         """Make a new root key and wrap every KEK by it; killed half-way, calling again finishes that rotation."""
@@ -183,11 +190,14 @@ class LocalKms:
         """Return the destruction counter. Raises KeysUnusable if it is lost."""
         state = self._state()
         if state is None:
-            raise KeysUnusable(
-                "the destruction counter is lost: the key store may be an old one; run: streamveil keys reconcile",
-                path=str(self._counter_path),
-            )
+            raise self._lost()
         return state.counter
+
+    def _lost(self) -> KeysUnusable:
+        return KeysUnusable(
+            "the destruction counter is lost: the key store may be an old one; run: streamveil keys reconcile",
+            path=str(self._counter_path),
+        )
 
     def raise_counter(self, value: int) -> None:
         """Raise the counter to at least `value`, durable on return; one that is lost is made anew."""

@@ -435,6 +435,14 @@ class VaultKms(_Client):
         with self._operation():
             return self._names()
 
+    def last_destroyed(self, day: str) -> int:
+        """Return the highest generation of a day that was destroyed; 0: none, or it was long over then.
+
+        Raises KmsUnavailable, KmsRefuses.
+        """
+        with self._operation():
+            return self._entry()[0].destroyed.get(day, 0)
+
     def rotate_root(self) -> None:
         """Raise KeysUnusable: what the KEKs are wrapped by is the server's own, and rotated there."""
         raise KeysUnusable(

@@ -35,6 +35,7 @@ CREATE TABLE persons (owner {text} NOT NULL, token {bytes} NOT NULL, month {text
     PRIMARY KEY (token, owner, month)) PARTITION BY LIST (month);
 CREATE INDEX persons_sid ON persons (sid);
 CREATE INDEX persons_kek ON persons (kek);
+CREATE INDEX persons_token_version ON persons (token_version);
 """
 MIGRATIONS: Final = ((SCHEMA_VERSION, (TABLES + _PERSONS).format(**_TYPES)),)
 """The version that each leads to, in order, and its statements: one transaction each."""
@@ -195,8 +196,13 @@ class PostgresKeyStore(SqlKeyStore):
                         buried += self._line.execute(translated(query), (month, *bounds)).rowcount
         return buried
 
+    def _has_persons(self, keks: list[str]) -> bool:
+        query = "SELECT min(kek) FROM persons WHERE kek >= ? AND kek <= ?"  # a place in the index, whatever was counted
+        return any(self._run(query, (kek, kek)) != [(None,)] for kek in keks)
+
     def _has_tokens(self, version: int) -> bool:
-        return self._run("SELECT 1 FROM persons WHERE token_version = ? LIMIT 1", (version,)) != []
+        query = "SELECT min(token_version) FROM persons WHERE token_version >= ?"
+        return self._look(query, (version,)) == [(version,)]
 
     def _settle(self) -> None:
         """Nothing: dead rows and the write-ahead log are the server's; a re-wrap makes them useless."""

@@ -25,18 +25,17 @@ from processors.screen.suppression import Tokens, covering_scopes
 from processors.screen.verdict import GATEWAY_CODES, Subject, Verdict, suppressed
 from schemas.catalog import CATALOG
 from schemas.errors import InputInvalid, RevealDenied, TokensChange
-from schemas.fields import REASON, PrivacyClass, classes_of, normalise
+from schemas.fields import NO_REASON, PrivacyClass, classes_of, is_reason, normalise
 from schemas.inbound import Cdr, Preference, Request
 from schemas.outbound import Message, Output
 from schemas.sealed import NO_PERSON, KeyId, Part, Sealed, aad_head, key_info, open_box, record_key, take_apart
 from streams.keys.audit import Auditor
-from streams.keys.roles import Principal
+from streams.keys.roles import OFFICER, Principal
 from streams.keys.store import Gone, KeyStore
 from streams.log.protocol import Log, Stored
 from streams.state.suppressions import SuppressionTail
 
 CLEARED = "cleared"
-DPO = "dpo"
 CORRECTS = "corrects"
 """Field of a correction's clear envelope: the offset of the record that it corrects."""
 NOT_OPENED = "not_opened"
@@ -144,15 +143,11 @@ class Revealer:
         self, messages: Sequence[Stored], reason: str, action: str
     ) -> tuple[list[Revealed], dict[int, list[Message]]]:
         """Return each message opened, or why not, and by partition the second verdicts of what must not be sent."""
-        if not REASON.fullmatch(reason):
-            raise InputInvalid("the reason must be a code or case reference: at most 40 letters, digits, - _ /")
+        if not is_reason(reason):
+            raise InputInvalid(NO_REASON)
         now_s = int(self._clock())
         for stream in dict.fromkeys(message.stream for message in messages):
-            if not self._principal.may_open(stream, None):
-                self._on_denied({"not_granted": 1})
-                raise RevealDenied(
-                    "this principal may not open this stream; ask for a grant in the roles file", stream=stream
-                )
+            self.permit(stream)
             if stream == CLEARED:
                 await self._see_opt_outs()
         if all(_domain_of(message.stream) is None for message in messages):
@@ -181,6 +176,14 @@ class Revealer:
             results.append(result)
         self._on_denied(Counter(one.reason for one in results if one.reason is not None))
         return results, refusals
+
+    def permit(self, stream: str) -> None:
+        """Return if this principal may open records of a stream, some account's at least. Raises RevealDenied."""
+        if not self._principal.may_open(stream, None):
+            self._on_denied({"not_granted": 1})
+            raise RevealDenied(
+                "this principal may not open this stream; ask for a grant in the roles file", stream=stream
+            )
 
     async def _see_opt_outs(self) -> None:
         """Read the suppressions to their end, under the token key that they are under. Raises TokensChange, LogBusy.
@@ -252,7 +255,7 @@ class Revealer:
         """Return whether this principal is the privacy officer for a record's account."""
         account = sealed.account if sealed is not None else ""
         return any(
-            grant.role == DPO and ("*" in grant.accounts or account in grant.accounts)
+            grant.role == OFFICER and ("*" in grant.accounts or account in grant.accounts)
             for grant in self._principal.grants
         )
 

@@ -3,7 +3,7 @@
 Rules of this file:
 - SQL that every database speaks, with `?` for each value. What differs is a hook, at the end of the class.
 - A transaction reads the destruction sequence first, after it has its lock; what is held in memory is forgotten when
-  the sequence moved. The key management service is not called under a lock that others wait for, but for the odd race.
+  the sequence moved. The key management service is not called under a lock that others wait for.
 - `wrapping_keys` has one row per generation. What is new goes under the newest of its day, as read under the lock; a
   generation is minted, and goes, under the exclusive lock. So nothing ends up under one that is gone.
 - A key is destroyed by overwriting it where it lies, as wide as it was, and its generation by `GONE`: an epoch with
@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from processors.keyring import EpochKey, EpochRef, Needs, PersonRef, PersonSecret
 from schemas.catalog import Domain
-from schemas.errors import KeysBusy, KeysUnusable
+from schemas.errors import KeysBusy, KeysUnusable, TokensChange
 from schemas.sealed import NONCE_BYTES, SECRET_BYTES, KeyId
 from streams.keys.ledger import AT_WILL, LEDGER_TABLES, SqlLedger
 from streams.keys.store import (
@@ -74,6 +74,8 @@ STEP = 5_000
 """Rows that a re-wrap or a burial changes in one transaction."""
 CHUNK = 500
 """Values in one IN list."""
+ROUNDS = 5
+"""So often something is begun anew because another process came between."""
 
 TABLES = (
     """
@@ -100,6 +102,7 @@ Row = tuple[str, bytes, str, bytes, str, bytes]
 _PERSON_DRAW = Struct(f"{SID_BYTES}s{SECRET_BYTES}s{NONCE_BYTES}s")
 _SECRET_WRAPPED_BYTES = NONCE_BYTES + len(padded(b"")) + 16
 _STALE_LEASE_S = 86_400.0
+_ROTATED = "another process has rotated the token key meanwhile; what it did stands"
 _EPOCH = "domain = ? AND owner = ? AND epoch = ?"
 _T = TypeVar("_T")
 
@@ -114,6 +117,14 @@ class Mode(Enum):
     READ = "read"
     SHARE = "share"
     EXCLUSIVE = "exclusive"
+
+
+class _NotBegun(KeysBusy):
+    """A day has no generation: none was needed before, or another process just buried it."""
+
+    def __init__(self, day: str) -> None:
+        super().__init__("another process buries the same day", day=day.rstrip())
+        self.day = day
 
 
 class SqlKeyStore(ABC):
@@ -186,6 +197,11 @@ class SqlKeyStore(ABC):
         with self._transaction(Mode.READ) as sequence:
             return sequence
 
+    def now_s(self) -> float:
+        """Return the time by the store's clock, Unix s."""
+        with self._transaction(Mode.READ):
+            return self._now_s()
+
     # --- sealing ---------------------------------------------------------------------------------------------
 
     def token_keys(self) -> TokenKeys:
@@ -219,12 +235,12 @@ class SqlKeyStore(ABC):
             absent = self._warm({*missing.values(), *(_epoch_day(ref, need[0]) for ref, need in epochs.items())})
         if not missing and not epochs:
             return Fetched({}, {}, persons, sequence)
-        for day in absent:
-            self._begin_day(day)
-        with self._transaction(Mode.EXCLUSIVE if epochs else Mode.SHARE):
-            persons |= self._create_persons(missing, date)
-            keys, granted = self._reserve(epochs, now_s)
-        return Fetched(keys, granted, persons, sequence)  # the first sequence: it is the one all of this is true for
+
+        def create() -> Fetched:
+            made = persons | self._create_persons(missing, date)
+            return Fetched(*self._reserve(epochs, now_s), made, sequence)  # the first: all of this is true for it
+
+        return self._written(Mode.EXCLUSIVE if epochs else Mode.SHARE, absent, create)
 
     def _known_persons(self, days: Mapping[PersonRef, str]) -> tuple[dict[PersonRef, PersonSecret], list[Row]]:
         """Return the secrets kept to their day at least, and the rows of those that are not."""
@@ -249,7 +265,7 @@ class SqlKeyStore(ABC):
         """Return a secret for each, kept to its day at least: the winner's, re-wrapped or new."""
         if not missing:
             return {}
-        newest = {day: self._newest(day, make=True) for day in set(missing.values())}
+        newest = {day: self._newest(day) for day in set(missing.values())}
         persons, short = self._known_persons(missing)
         moves: list[tuple[str, bytes, Row]] = []
         dead: list[Row] = []
@@ -315,7 +331,7 @@ class SqlKeyStore(ABC):
                 used_up.append((_count(used + granted[ref]), *key_id))
             else:
                 key_id, key = KeyId(*ref, version + 1), os.urandom(SECRET_BYTES)
-                kek, cipher = self._newest(_epoch_day(ref, deadline_s), make=True)
+                kek, cipher = self._newest(_epoch_day(ref, deadline_s))
                 granted[ref] = min(max(seals, SEAL_BLOCK), self._max_seals)
                 wrapped = wrap(cipher, key, epoch_aad(key_id, deadline_s))
                 made.append((*key_id, kek, deadline_s, wrapped, _count(granted[ref])))
@@ -397,10 +413,10 @@ class SqlKeyStore(ABC):
                     found[sid.hex()] = Gone.DESTROYED
         return found
 
-    def persons_of(self, tokens: Sequence[bytes]) -> list[Known]:
-        """Return the secrets of a person whose day is not over, by owner and month."""
+    def persons_of(self, tokens: Sequence[bytes], as_of_s: int | None = None) -> list[Known]:
+        """Return the secrets of a person whose day was not over then, or is not now, by owner and month."""
         with self._transaction(Mode.READ):
-            date = today(self._now_s())
+            date = today(self._now_s() if as_of_s is None else as_of_s)
             rows = self._find_tokens(list(tokens))
         return sorted(
             Known(owner, month, sid.hex(), day_in(kek).rstrip())
@@ -509,36 +525,61 @@ class SqlKeyStore(ABC):
         given_up = day == AT_WILL and self._is_lost(day)
         if day == NEVER or day_of_text(day) != day or (day >= today(now_s) and not given_up):
             raise ValueError("not a destruction day that is over")
-        persons = self._bury_persons(day)
         named = [kek for name in self.kms.names() if day_in(kek := kms_generation(name)) == day]
+        persons = 0
+        for _ in range(ROUNDS):
+            persons += self._bury_persons(day)
+            buried = self._bury_rest(day, named)
+            if buried is not None:
+                sequence, epochs, keks = buried
+                self._settled(sequence)
+                for kek in sorted({*named, *keks}):
+                    self.kms.destroy(kms_name(kek))
+                return Buried(epochs, persons)
+        raise KeysBusy("people of this day come as fast as they are buried", day=day)
+
+    def _bury_rest(self, day: str, named: Collection[str]) -> tuple[int, int, list[str]] | None:
+        """Destroy what is left of a day whose people are buried; return the sequence, the epochs and the generations.
+
+        None: people came meanwhile, by a re-wrap or because the day is not over, and nothing was done. The sequence
+        moves also where only the service knows the day: whoever begins it now must not do so under a KEK that goes.
+        """
         with self._transaction(Mode.EXCLUSIVE) as before:
-            sequence = before
-            keks = self._generations(day)
-            last = max([*named, *keks], default=None)
-            if last is not None and day >= today(self._now_s()):  # ahead of the clock: what comes begins after it
-                self._run("DELETE FROM meta WHERE name = ?", (_buried(day),))
-                self._run("INSERT INTO meta VALUES (?, ?)", (_buried(day), last))
-            elif day < today(self._now_s()):
-                self._run("DELETE FROM meta WHERE name = ?", (_buried(day),))
-            under = f"kek IN ({marks(keks)})"
+            sequence, keks = before, self._generations(day)
             epochs = 0
             if keks:
+                if self._has_persons(keks):
+                    return None
+                under = f"kek IN ({marks(keks)})"
                 ((epochs,),) = self._run(f"SELECT count(*) FROM epoch_keys WHERE {under}", keks)
                 self._run(
                     f"UPDATE epoch_keys SET kek = ?, wrapped = ? WHERE {under}",
                     (GONE, os.urandom(WRAPPED_BYTES), *keks),
                 )
+                self._run(
+                    f"UPDATE secrets SET kek = ?, wrapped = ? WHERE {under}",
+                    (GONE, os.urandom(_SECRET_WRAPPED_BYTES), *keks),
+                )
                 self._drop_generations(keks)
+            if keks or named:
                 sequence = self._bump(before)
             self._run("DELETE FROM stale WHERE kek > ? AND kek < ?", _around(day))
-        self._settled(sequence)
-        for kek in sorted({*named, *keks}):
-            self.kms.destroy(kms_name(kek))
-        return Buried(epochs, persons)
+            return sequence, epochs, keks
 
     def rewrap(self, day: str) -> int:
         """Move what is alive under a day to a new generation, destroy the old KEK; return the rows moved."""
         wide = day.ljust(len(FOREVER))
+        moved = self._rewrap(wide)
+        if self._is_stale(wide):  # it only finished one that began before the last destruction
+            moved += self._rewrap(wide)
+        return moved
+
+    def _is_stale(self, day: str) -> bool:
+        with self._transaction(Mode.READ):
+            return self._run("SELECT 1 FROM stale WHERE kek > ? AND kek < ? LIMIT 1", _around(day)) != []
+
+    def _rewrap(self, wide: str) -> int:
+        """Finish a day's re-wrap that is under way, or do one; return the rows moved. Not of a day that is over."""
         with self._transaction(Mode.READ):
             over = wide < today(self._now_s())
             keks = self._generations(wide)
@@ -553,6 +594,8 @@ class SqlKeyStore(ABC):
         if older:
             moved = self._rewrap_rows(older, newest, ciphers)
             with self._transaction(Mode.EXCLUSIVE) as before:
+                if self._is_used(older):
+                    raise KeysBusy("rows are still under the wrapping key of before: re-wrap again", day=wide.rstrip())
                 self._drop_generations(older)
                 sequence = self._bump(before)
             self._settled(sequence)
@@ -619,6 +662,14 @@ class SqlKeyStore(ABC):
             )
         return moved + len(epochs) + len(tokens) + len(small)
 
+    def _is_used(self, keks: list[str]) -> bool:
+        """Return whether anything is under the generations; inside a transaction."""
+        under = f"kek IN ({marks(keks)}) LIMIT 1"
+        tables = ("epoch_keys", "token_keys", "secrets")
+        return any(self._run(f"SELECT 1 FROM {table} WHERE {under}", keks) for table in tables) or self._has_persons(
+            keks
+        )
+
     def _drop_generations(self, keks: Sequence[str]) -> None:
         """Delete wrapping keys under which nothing is left."""
         query = f"SELECT kek, length(wrapped) FROM wrapping_keys WHERE kek IN ({marks(keks)})"
@@ -674,23 +725,25 @@ class SqlKeyStore(ABC):
             self._run("INSERT INTO token_keys VALUES (?, ?, ?, ?)", (made.version, "waiting", kek, wrapped))
             return made
 
-    def hold_tokens(self) -> int:
-        """Begin the switch: `changing` is set, and the destruction sequence moves. Raises ValueError if none waits."""
+    def hold_tokens(self, version: int) -> int:
+        """Begin the switch to a waiting token key: `changing` is set, and the sequence moves. Idempotent."""
         with self._transaction(Mode.EXCLUSIVE) as before:
             sequence = before
+            if self._token_state(version) != "waiting":
+                raise TokensChange(_ROTATED)
             if not self._changing():
-                if not self._run("SELECT 1 FROM token_keys WHERE state = 'waiting'"):
-                    raise ValueError("no token key is waiting")
                 self._set_meta("tokens_changing", "1")
                 sequence = self._bump(before)
         self.kms.raise_counter(sequence)
         return sequence
 
-    def switch_tokens(self) -> int:
+    def switch_tokens(self, version: int) -> int:
         """End the switch: the waiting token key is current, `changing` is off, the sequence moves. Idempotent."""
         with self._transaction(Mode.EXCLUSIVE) as before:
-            sequence = before
-            if self._changing():
+            sequence, state = before, self._token_state(version)
+            if state != "current" and not (state == "waiting" and self._changing()):
+                raise TokensChange(_ROTATED)
+            if state == "waiting":
                 self._run("UPDATE token_keys SET state = 'earlier' WHERE state = 'current'")
                 self._run("UPDATE token_keys SET state = 'current' WHERE state = 'waiting'")
                 self._set_meta("tokens_changing", "0")
@@ -702,10 +755,9 @@ class SqlKeyStore(ABC):
         """Delete an older token key that no person is known under any more. Raises ValueError otherwise."""
         with self._transaction(Mode.READ):
             states = dict(self._run("SELECT version, state FROM token_keys"))
-            known = states.get(version) == "earlier" and self._has_tokens(version)
         if states.get(version) not in ("earlier", "deleted"):
             raise ValueError("not an older token key")
-        if known:
+        if states[version] == "earlier" and self._has_tokens(version):
             raise ValueError("people are still known under this token key")
         with self._transaction(Mode.EXCLUSIVE) as before:
             sequence = before
@@ -722,6 +774,11 @@ class SqlKeyStore(ABC):
     def _changing(self) -> bool:
         return self._run("SELECT 1 FROM meta WHERE name = 'tokens_changing' AND value = '1'") != []
 
+    def _token_state(self, version: int) -> str:
+        """Return the state of a token key; empty: there is none."""
+        rows = self._run("SELECT state FROM token_keys WHERE version = ?", (version,))
+        return rows[0][0] if rows else ""
+
     def _current_token(self) -> int:
         version: int = self._run("SELECT version FROM token_keys WHERE state = 'current'")[0][0]
         return version
@@ -729,7 +786,9 @@ class SqlKeyStore(ABC):
     def secret(self, name: str) -> bytes | None:
         """Return a small secret kept beside the keys."""
         with self._transaction(Mode.READ):
-            rows = self._run("SELECT kek, wrapped FROM secrets WHERE name = ?", (_secret_name(name),))
+            rows = self._run(  # one under a day that was given up has no key any more
+                "SELECT kek, wrapped FROM secrets WHERE name = ? AND kek <> ?", (_secret_name(name), GONE)
+            )
             return (
                 unpadded(unwrap(self._cipher(rows[0][0]), rows[0][1], secret_aad(_secret_name(name)))) if rows else None
             )
@@ -739,10 +798,9 @@ class SqlKeyStore(ABC):
         plain, key, wide = padded(value), _secret_name(name), day.ljust(len(FOREVER))
         with self._transaction(Mode.READ):
             absent = self._warm({wide})
-        for new in absent:
-            self._begin_day(new)
-        with self._transaction(Mode.EXCLUSIVE):
-            kek, cipher = self._newest(wide, make=True)
+
+        def put() -> None:
+            kek, cipher = self._newest(wide)
             wrapped = wrap(cipher, plain, secret_aad(key))
             known = self._run("SELECT name FROM secrets WHERE name = ?", (key,))
             free = known or self._run("SELECT name FROM secrets WHERE kek = ? LIMIT 1", (GONE,))
@@ -751,6 +809,8 @@ class SqlKeyStore(ABC):
                 self._run(query, (key, kek, wrapped, free[0][0]))
             else:
                 self._run("INSERT INTO secrets VALUES (?, ?, ?)", (key, kek, wrapped))
+
+        self._written(Mode.EXCLUSIVE, absent, put)
 
     def drop_secret(self, name: str) -> None:
         """Delete a small secret; idempotent. Where there was one this is a destruction, and moves the sequence."""
@@ -839,23 +899,29 @@ class SqlKeyStore(ABC):
             cipher = self._ciphers.put(kek, AESGCM(self.kms.unwrap(kms_name(kek), rows[0][0])))
         return cipher
 
-    def _newest(self, day: str, *, make: bool = False) -> tuple[str, AESGCM]:
-        """Return a day's newest generation and its wrapping key; inside a transaction that writes.
+    def _written(self, mode: Mode, absent: Iterable[str], write: Callable[[], _T]) -> _T:
+        """Return what `write` returns, called in a transaction; before, the days without a generation are begun."""
+        days = set(absent)
+        for left in reversed(range(ROUNDS)):
+            for day in sorted(days):
+                self._begin_day(day)
+            try:
+                with self._transaction(mode):
+                    return write()
+            except _NotBegun as error:
+                if not left:
+                    raise
+                days = {error.day}
+        raise AssertionError("unreachable")
 
-        `make`: make the first if there is none: another process buried what `fetch` had prepared.
-        """
+    def _newest(self, day: str) -> tuple[str, AESGCM]:
+        """Return a day's newest generation and its wrapping key; inside a transaction. Raises _NotBegun."""
         kek = self._ciphers.newest.get(day)
         if kek is None:
             found = self._generations(day)
-            if not found and make:
-                kek, key = self._first(day), secrets.token_bytes(SECRET_BYTES)
-                self._run("INSERT INTO wrapping_keys VALUES (?, ?)", (kek, self.kms.wrap(kms_name(kek), key)))
-                self._ciphers.put(kek, AESGCM(key))
-            elif not found:
-                raise KeysUnusable("wrapping key missing; restore the key store from its backup", day=day.rstrip())
-            else:
-                kek = found[-1]
-            self._ciphers.newest[day] = kek
+            if not found:
+                raise _NotBegun(day)
+            kek = self._ciphers.newest[day] = found[-1]
         return kek, self._cipher(kek)
 
     def _generations(self, day: str) -> list[str]:
@@ -878,20 +944,21 @@ class SqlKeyStore(ABC):
         return absent
 
     def _begin_day(self, day: str) -> None:
-        """Make the first generation of a day, unless another process is faster."""
-        with self._transaction(Mode.READ):
-            kek, key = self._first(day), secrets.token_bytes(SECRET_BYTES)
+        """Make the first generation of a day, unless another process is faster or destroyed something meanwhile.
+
+        The first after those that the service destroyed: what was there may have been buried before its time, or be
+        newer than this store, which a backup brought back.
+        """
+        with self._transaction(Mode.READ) as before:
+            if self._generations(day):
+                return
+        kek, key = generation(day, self.kms.last_destroyed(day.rstrip()) + 1), secrets.token_bytes(SECRET_BYTES)
         wrapped = self.kms.wrap(kms_name(kek), key)
-        with self._transaction(Mode.EXCLUSIVE):
-            if not self._generations(day) and kek == self._first(day):
+        with self._transaction(Mode.EXCLUSIVE) as sequence:
+            if sequence == before and not self._generations(day):  # so no burial has this KEK on its list
                 self._run("INSERT INTO wrapping_keys VALUES (?, ?)", (kek, wrapped))
                 self._ciphers.newest[day] = kek
                 self._ciphers.put(kek, AESGCM(key))
-
-    def _first(self, day: str) -> str:
-        """Return the generation that a day begins with: the first, or the one after what was buried before its time."""
-        rows = self._run("SELECT value FROM meta WHERE name = ?", (_buried(day),))
-        return next_generation(rows[0][0]) if rows else generation(day, 1)
 
     def _bump(self, sequence: int) -> int:
         self._set_meta("destruction_seq", str(sequence + 1))
@@ -981,8 +1048,12 @@ class SqlKeyStore(ABC):
         """
 
     @abstractmethod
+    def _has_persons(self, keks: list[str]) -> bool:
+        """Return whether a row is under the generations; inside a transaction."""
+
+    @abstractmethod
     def _has_tokens(self, version: int) -> bool:
-        """Return whether a row was added under a version of the token key."""
+        """Return whether a row was added under a version of the token key. Not called inside a transaction."""
 
     @abstractmethod
     def _settle(self) -> None:
@@ -1057,10 +1128,6 @@ def _alive(deadline_s: int | None, now_s: int) -> bool:
 
 def _count(seals: int) -> str:
     return f"{seals:010d}"
-
-
-def _buried(day: str) -> str:
-    return f"buried/{day}"
 
 
 def _epoch_day(ref: EpochRef, deadline_s: int | None) -> str:

@@ -42,6 +42,8 @@ CREATE UNIQUE INDEX {0}_sid ON {0} (sid);
 """
 _MONTH = re.compile(r"[0-9]{4}-[0-9]{2}")
 _PREFIX = "persons_"
+_LOOKED = 50_000
+"""Rows that are looked at in one transaction, about 10 ms."""
 _OVERWRITE = (
     f"token = randomblob(16), sid = randomblob({SID_BYTES}), wrapped = randomblob({WRAPPED_BYTES}), "
     f"kek = '{GONE}', tokens = '0000'"
@@ -258,11 +260,29 @@ class SqliteKeyStore(SqlKeyStore):
             self._run("DELETE FROM person_days WHERE month = ? AND kek > ? AND kek < ?", (month, low, high))
         return buried
 
+    def _has_persons(self, keks: list[str]) -> bool:
+        under = f"kek IN ({marks(keks)})"
+        months = self._run(f"SELECT DISTINCT month FROM person_days WHERE {under}", keks)
+        tables = [self._months()[month] for (month,) in months if month in self._months()]
+        return any(self._run(f"SELECT 1 FROM {table} WHERE {under} LIMIT 1", keks) for table in tables)
+
     def _has_tokens(self, version: int) -> bool:
-        tables = self._months().values()
-        return any(
-            self._run(f"SELECT 1 FROM {table} WHERE tokens = ? LIMIT 1", (f"{version:04d}",)) for table in tables
-        )
+        with self._transaction(Mode.READ):
+            months = list(self._months())
+        return any(self._month_has_tokens(month, f"{version:04d}") for month in months)
+
+    def _month_has_tokens(self, month: str, version: str) -> bool:
+        last = 0
+        while True:
+            with self._transaction(Mode.READ):
+                table = self._months().get(month)
+                if table is None:
+                    return False
+                query = f"SELECT max(rowid), max(tokens = ?) FROM (SELECT rowid, tokens FROM {table} "
+                query += f"WHERE rowid > ? ORDER BY rowid LIMIT {_LOOKED})"
+                ((last, found),) = self._run(query, (version, last))
+            if last is None or found:
+                return bool(found)
 
     def _settle(self) -> None:
         with self._lock, _translated(self._path):

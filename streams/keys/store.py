@@ -139,6 +139,9 @@ class Kms(Protocol):
     def names(self) -> list[str]:
         """Return the names of the KEKs there are, in order."""
 
+    def last_destroyed(self, day: str) -> int:
+        """Return the highest generation of a day that was destroyed; 0: none, or the day has long been over."""
+
     @property
     def has_root(self) -> bool:
         """Whether `rotate_root` is this service's to do; else its operators rotate what is below the KEKs."""
@@ -172,6 +175,9 @@ class KeyStore(Protocol):
 
     def sequence(self) -> int:
         """Return the destruction sequence: it grows with each destruction, re-wrap and change of token key."""
+
+    def now_s(self) -> float:
+        """Return the time by the store's clock, Unix s; on a server it is the server's."""
 
     # --- sealing ----------------------------------------------------------------------------------------------
 
@@ -209,8 +215,11 @@ class KeyStore(Protocol):
         Never from a cache.
         """
 
-    def persons_of(self, tokens: Sequence[bytes]) -> list[Known]:
-        """Return the secrets of a person, known by these tokens (one per token key), by owner and month."""
+    def persons_of(self, tokens: Sequence[bytes], as_of_s: int | None = None) -> list[Known]:
+        """Return the secrets of a person, known by these tokens (one per token key), by owner and month.
+
+        Those whose day was not over at `as_of_s` (Unix s), by default now.
+        """
 
     def restricted(self, sids: Iterable[str]) -> set[str]:
         """Return those of the sids whose person's data is restricted, for the owner of the secret (REG-1, Art. 18)."""
@@ -255,7 +264,8 @@ class KeyStore(Protocol):
     def rewrap(self, day: str) -> int:
         """Move what is alive under a day to a new generation, destroy the old KEK; return the rows moved.
 
-        Works in steps that hold no lock for long; killed half-way, calling again finishes it. Nobody has to stop.
+        What was destroyed before the call opens by no older copy of the store after it, even if the call had to finish
+        a re-wrap that was killed. Works in steps that hold no lock for long. Nobody has to stop.
         """
 
     def stale_days(self) -> dict[str, int]:
@@ -278,11 +288,18 @@ class KeyStore(Protocol):
     def add_token_key(self) -> TokenKey:
         """Make the token key that a rotation will switch to, or return the one that is waiting for that."""
 
-    def hold_tokens(self) -> int:
-        """Begin the switch: `changing` is set, and the destruction sequence moves. Idempotent; returns the sequence."""
+    def hold_tokens(self, version: int) -> int:
+        """Begin the switch to the token key of this version, which is waiting: `changing` is set.
 
-    def switch_tokens(self) -> int:
-        """End the switch: the waiting token key is current, `changing` is off, the sequence moves. Idempotent."""
+        The destruction sequence moves, and is returned. Idempotent. Raises TokensChange if that key is not waiting:
+        another process has rotated meanwhile.
+        """
+
+    def switch_tokens(self, version: int) -> int:
+        """End the switch: the waiting token key is current, `changing` is off, the sequence moves. Idempotent.
+
+        Raises TokensChange if the key of this version is neither waiting, after `hold_tokens`, nor current.
+        """
 
     def destroy_token_key(self, version: int) -> None:
         """Delete an older token key that no person is known under any more. Raises ValueError otherwise."""

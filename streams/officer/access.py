@@ -12,15 +12,14 @@ Rules of this file:
 
 import binascii
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final, Literal, NamedTuple
 
 import orjson
-import phonenumbers
 
+from processors.evidence import entry_of
 from processors.retention import instant
 from processors.screen.suppression import Rule, fold, parse_key
 from processors.screen.suppression import State as Standing
@@ -31,7 +30,7 @@ from schemas.sealed import Sealed, take_apart
 from streams.keys.ledger import Mark, MarkKind, Request
 from streams.keys.reveal import CORRECTS, Revealed, Revealer, State
 from streams.log.protocol import Stored
-from streams.officer.office import ROLE, Office, Person
+from streams.officer.office import ROLE, Finder, Office, Person, may_hold_a_number
 from streams.officer.requests import DONE, case, note
 from streams.officer.scan import decided, everything, naming, scan
 
@@ -50,12 +49,11 @@ _P = PrivacyClass
 _CLASSES = classes_of(Cdr)
 _SIDES = {"mt": (_P.RECIPIENT, _P.SENDER), "mo": (_P.SENDER, _P.RECIPIENT)}
 """Direction → the class of fields that are the primary person's, and the other party's."""
+_ATTRIBUTES = "attributes"
 _WHEREABOUTS = frozenset({"country", "mcc", "mnc", "route"})
 """Where the primary person's number is: not for the other party."""
 _TELLING = frozenset({_P.SENDER, _P.RECIPIENT, _P.PERSON, _P.CONTENT})
 _ANSWERS: Final = "this account decides about these records, so it answers for them; the platform hands the request on"
-_SEPARATORS = re.compile(r"[\s().\-/\u2010-\u2015]+")
-_MIN_DIGITS = 7
 
 
 class Item(NamedTuple):
@@ -133,32 +131,18 @@ def marks_of(office: Office, kind: MarkKind, person: Person, owner: str | None =
     ]
 
 
-class Finder:
-    """Finds a person's number or address in a text that nobody could read: any spelling of the national number."""
+def _names_other(opened: Revealed) -> Callable[[str], bool]:
+    """Return what tells whether a text names the other party of a record, in any spelling of the number.
 
-    __slots__ = ("_needle",)
-
-    def __init__(self, value: str) -> None:
-        self._needle = value.lower()
-        if value.startswith("+"):
-            self._needle = _national(value) or value[1:]
-
-    def __repr__(self) -> str:
-        return "Finder()"
-
-    def found(self, text: str) -> bool:
-        """Return whether the text may hold the number; digits that only look like it are found too."""
-        plain = unicodedata.normalize("NFKC", text.replace("\0", "")).lower()
-        return self._needle in plain or self._needle in _SEPARATORS.sub("", plain)
-
-
-def _national(number: str) -> str | None:
-    """Return the digits of an E.164 number without its country code; None: of no known country, or too few."""
-    try:
-        digits = phonenumbers.national_significant_number(phonenumbers.parse(number))
-    except phonenumbers.NumberParseException:
-        return None
-    return digits if len(digits) >= _MIN_DIGITS else None
+    The other party itself is shown no attributes at all. Where its number does not open any more, any digits that
+    could be a number do.
+    """
+    name = "recipient" if opened.fields.get("direction") == "mo" else "sender"
+    values = [one[name] for one in (opened.fields, *opened.corrections) if isinstance(one.get(name), str)]
+    if not values:
+        return may_hold_a_number
+    finders = [Finder(value) for value in values]
+    return lambda text: any(finder.found(text) for finder in finders)
 
 
 def _texts(opened: Revealed) -> list[str]:
@@ -345,6 +329,13 @@ class Report:
     def _record(self, stored: Stored, sealed: Sealed, opened: Revealed) -> Item:
         direction = opened.fields.get("direction")
         unseen = hidden(sealed, direction, self._mine)
+        fields = _seen(opened.fields, unseen)
+        corrections = [shown for one in opened.corrections if (shown := _seen(one, unseen))]
+        withheld = {*opened.withheld, *(unseen & opened.fields.keys())}
+        if unseen:
+            names_other = _names_other(opened)
+            for shown in (fields, *corrections):
+                withheld |= _without_others(shown, names_other)
         privacy = sealed.fields["privacy"]
         purpose = Purpose.of(stored.stream, privacy)
         self._count(purpose, privacy["expires_at"])
@@ -354,9 +345,9 @@ class Report:
             partition=stored.partition,
             offset=stored.offset,
             day=instant(stored.timestamp_ms // 1000)[:10],
-            fields=_seen(opened.fields, unseen),
-            corrections=[shown for one in opened.corrections if (shown := _seen(one, unseen))],
-            withheld=sorted({*opened.withheld, *(unseen & opened.fields.keys())}),
+            fields=fields,
+            corrections=corrections,
+            withheld=sorted(withheld),
             source={"account": sealed.account, "direction": direction},
             kept_until=privacy["expires_at"],
             **{name: value for name, value in purpose.told().items() if name != "stream"},
@@ -481,7 +472,10 @@ class Report:
     # --- who has looked ---------------------------------------------------------------------------------------
 
     async def _reveals(self, ends: Sequence[int]) -> AsyncIterator[Item]:
-        """Yield who has opened the person's records in the past 12 months, and why (INF-13)."""
+        """Yield who has opened the person's records in the past 12 months, and why (INF-13).
+
+        What names the person and is no entry is counted: nobody can tell whether it says that they were opened.
+        """
         sids = [sid.encode() for sid in self._mine]
         since_ms = _year_before(self._now_s) * 1000
 
@@ -490,19 +484,20 @@ class Report:
 
         async for page in scan(self._log, AUDIT, names, ends=ends, advance=self._advance):
             for stored in page:
-                entry = orjson.loads(stored.value)
-                if self._mine.isdisjoint(entry.get("sids") or ()):
-                    continue
-                self._last_opened = max(self._last_opened or "", entry["at"])
-                yield self._put(
-                    "reveal",
-                    at=entry["at"],
-                    action=entry["action"],
-                    role=entry.get("role"),
-                    principal=entry["principal"],
-                    stream=entry.get("stream"),
-                    reason=entry.get("reason"),
-                )
+                entry, about = entry_of(stored.value), _sids(stored.value)
+                if entry is None or about is None:
+                    self._unsearched[AUDIT, State.CORRUPT.value] += 1
+                elif not self._mine.isdisjoint(about):
+                    self._last_opened = max(self._last_opened or "", entry.at)
+                    yield self._put(
+                        "reveal",
+                        at=entry.at,
+                        action=entry.action,
+                        role=entry.role,
+                        principal=entry.principal,
+                        stream=entry.stream if isinstance(entry.stream, str) else None,
+                        reason=entry.reason,
+                    )
 
     def _ending(self) -> list[Item]:
         """Return what was counted on the way."""
@@ -532,6 +527,28 @@ class Report:
 
 def _seen(fields: Mapping[str, Any], unseen: Collection[str]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name not in unseen}
+
+
+def _without_others(shown: dict[str, Any], names_other: Callable[[str], bool]) -> set[str]:
+    """Take the attributes that name the other party out of what is shown, and return what was taken out, by name."""
+    attributes = shown.get(_ATTRIBUTES)
+    if not isinstance(attributes, dict):
+        return set()
+    kept = {name: value for name, value in attributes.items() if not names_other(f"{name}\n{value}")}
+    if len(kept) == len(attributes):
+        return set()
+    shown[_ATTRIBUTES] = kept
+    gone = attributes.keys() - kept.keys()
+    return {_ATTRIBUTES if names_other(name) else f"{_ATTRIBUTES}.{name}" for name in gone}
+
+
+def _sids(value: bytes) -> list[str] | None:
+    """Return whose records an audit entry is about, by sid; None: it is not as entries are."""
+    try:
+        sids = orjson.loads(value).get("sids") or []
+    except (ValueError, AttributeError):
+        return None
+    return sids if isinstance(sids, list) and all(isinstance(sid, str) for sid in sids) else None
 
 
 def _scope(scope: str) -> str:

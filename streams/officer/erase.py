@@ -6,17 +6,19 @@ Rules of this file:
   (the lease protocol), and whatever was under way in the log has come to its end. What is committed later is sealed
   under a new secret and opens.
 - Opt-outs stand (INF-8). A legal hold of theirs stands in the way, and what is held of others, in whose records they
-  may be, is kept first (INF-7).
+  may be, is kept first (INF-7): such copies keep their number until that hold is released, and the answer says so.
 """
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from schemas.errors import UnderHold
 from schemas.fields import PLATFORM
-from streams.keys.ledger import Request
-from streams.officer.holds import Advance, preserve, standing_in_the_way
+from streams.keys.ledger import Mark, Request
+from streams.officer.again import again
+from streams.officer.holds import Advance, of_others, preserve, standing_in_the_way
 from streams.officer.leases import drained
 from streams.officer.office import ROLE, Office, Person
 from streams.officer.requests import DONE, UNDER_HOLD, case, note
@@ -27,7 +29,8 @@ class Erased(NamedTuple):
 
     `secrets`: how many were destroyed, one per month of communication. `request`: the request as it was kept, with
     the accounts to be told (INF-9). `backups_until_s`: until then at most (Unix s) a copy of the key store made before
-    can open it, together with the key management service; None: nothing was destroyed that one could open.
+    can open it, together with the key management service; None: nothing was destroyed that one could open. `held`: the
+    holds of others in whose copies the person's number stays until they are released (INF-7).
     """
 
     owner: str
@@ -35,6 +38,7 @@ class Erased(NamedTuple):
     sequence: int
     request: Request
     backups_until_s: int | None
+    held: list[Mark]
 
 
 async def erase(
@@ -49,8 +53,8 @@ async def erase(
     """Destroy what seals a person's data of the platform, or of an account, and return once that is in effect.
 
     Idempotent; nobody that is known: nothing destroyed. `received_s`: when it was asked for, Unix s. `on_wait` is told
-    the processes waited for: each at most for its key lease. `advance` is told of records looked at, if there are holds
-    of accounts. Blocks. Raises UnderHold, naming the hold, and InputInvalid; and Retriable errors: not acknowledged
+    the processes waited for: each at most for its key lease. `advance` is told of records looked at, if there are
+    holds. Blocks. Raises UnderHold, naming the hold, and InputInvalid; and Retriable errors: not acknowledged
     then, run it again.
     """
     owner = account or PLATFORM
@@ -64,31 +68,33 @@ async def erase(
             f"under legal hold {hold.id}, case {hold.reason}: nothing was erased; request {request.id} stays open",
         )
     await preserve(office.deployment, now_s=int(time.time()), advance=advance)
+    held = await of_others(office, person, owner, advance)
     store, auditor = office.deployment.store, office.auditor
     known = office.sids(person, owner)
     await auditor.write("erase", role=ROLE, reason=reason, owner=owner, destroyed={"sids": sorted(known), "epochs": []})
     gone: set[str] = set()
     while True:
-        destroyed = store.destroy_persons(owner, person.tokens)
+        destroyed = await again(partial(store.destroy_persons, owner, person.tokens))
         gone.update(destroyed.sids)
         await drained(store, destroyed.sequence, on_wait=on_wait)
-        again = office.person(number, account)
-        if again.tokens == person.tokens:
+        now = office.person(number, account)
+        if now.tokens == person.tokens:
             break
-        person = again  # a rotation of the token key came between
+        person = now  # a rotation of the token key came between
     await auditor.write(
         "erased",
         role=ROLE,
         reason=reason,
         owner=owner,
         sequence=destroyed.sequence,
+        held=[mark.id for mark in held],
         destroyed={"sids": sorted(gone - set(known)), "epochs": []},
     )
     request = note(office, "erase", owner, reason, received_s, notify, DONE)
     days = {one.day for one in known.values()}
     stale = [at_s for day, at_s in store.stale_days().items() if day in days]
     until_s = max(stale) + office.deployment.config.rewrap_s + store.kms.waiting_period_s if stale else None
-    return Erased(owner, len(gone), destroyed.sequence, request, until_s)
+    return Erased(owner, len(gone), destroyed.sequence, request, until_s, held)
 
 
 def accounts_of(office: Office, person: Person) -> list[str]:

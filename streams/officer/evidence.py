@@ -17,6 +17,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -42,13 +43,13 @@ from processors.evidence import (
 )
 from processors.retention import instant
 from schemas.catalog import partition_for
-from schemas.errors import InputInvalid
+from schemas.errors import InputInvalid, LogUnusable
 from streams.config import packs_available
 from streams.deployment import Deployment
 from streams.keys.ledger import Mark, Request
 from streams.keys.store import KeyStore
 from streams.log.protocol import Log, Stored
-from streams.officer.office import ROLE, Office
+from streams.officer.office import ROLE, Office, office
 from streams.officer.report_page import page
 from streams.officer.scan import everything, scan
 from streams.officer.verify import (
@@ -84,6 +85,7 @@ DAY_S: Final = 86_400
 SLACK_S: Final = 300
 """So far the clocks of those who write entries may be apart."""
 _FIRST_KEY_S = 0.5
+_GONE = "a checkpoint was taken out of the log while the report was made"
 _MARGINS_S = (2 * DAY_S, 60 * DAY_S, None)
 """So far before and after a window checkpoints are looked for; None: in the whole log."""
 
@@ -99,6 +101,13 @@ async def signing_key(store: KeyStore) -> Ed25519PrivateKey:
         await asyncio.sleep(_FIRST_KEY_S)  # another process may have made one at the same moment: the later one stays
         found = store.secret(SIGNING_KEY)
     return Ed25519PrivateKey.from_private_bytes(found or b"")
+
+
+async def public_key(deployment: Deployment) -> Ed25519PublicKey:
+    """Return the public key that checks reports. Raises RevealDenied where there is none yet: the dpo has it made."""
+    if deployment.store.secret(SIGNING_KEY) is None:
+        office(deployment)
+    return (await signing_key(deployment.store)).public_key()
 
 
 def public_pem(key: Ed25519PublicKey) -> bytes:
@@ -138,7 +147,7 @@ async def checkpoint(deployment: Deployment) -> Checkpoint:
         look.seen[note.digest] = (note.number, ())
     async for stored in _entries(log, look.since, ends):
         look.take(stored)
-    if look.unexplained:
+    if look.unexplained:  # all of the log is read: this is rare
         async for stored in _entries(log, begins, look.since):
             look.explain(stored)
     now_s = int(time.time())
@@ -232,14 +241,20 @@ class _Look:
 
     @property
     def unexplained(self) -> dict[tuple[str, int], str]:
-        """The heads of the key store that are neither in this part of the log nor in a checkpoint of it."""
+        """What must be in the log, and is neither in this part of it nor in a checkpoint of it.
+
+        Heads of the key store; what chains go on from that the last checkpoint does not know: a process that has
+        opened nothing for long, or entries that were taken out.
+        """
         wanted = self.chains.wanted
+        while self.chains.before:
+            wanted.setdefault(*self.chains.before.popitem())
         for writer, seq in [place for place in wanted if place[1] <= self._covered.get(place[0], 0)]:
             del wanted[writer, seq]
         return wanted
 
     def explain(self, stored: Stored) -> None:
-        """Look at an entry of before the last checkpoint for the sake of heads that came very late."""
+        """Look at an entry of before the last checkpoint, for the sake of what is unexplained."""
         entry = entry_of(stored.value)
         if entry is None:
             return
@@ -289,9 +304,10 @@ class _Look:
 
 
 class Report(NamedTuple):
-    """A report that was made: its folder, the fingerprint of its key, entries in it, and what is wrong, by kind."""
+    """A report that was made: folder, window, the fingerprint of its key, entries in it, and what is wrong, by kind."""
 
     folder: Path
+    window: tuple[str, str]
     key: str
     entries: int
     exceptions: dict[str, int]
@@ -302,8 +318,9 @@ async def report(
 ) -> Report:
     """Write the evidence of a window, Unix s with the end excluded, into a new folder (0700), and return what it is.
 
-    The folder is there whole or not at all. Blocks; reads the audit stream of the window, and as much again to find
-    its beginning. `advance` is told of entries. Raises InputInvalid if the folder is there or the window is empty.
+    A window that is not over ends with this second. The folder is there whole or not at all. Blocks; reads the audit
+    stream of the window, and as much again to find its beginning. `advance` is told of entries. Raises InputInvalid
+    if the folder is there or the window is empty.
     """
     deployment, now_s = office.deployment, int(time.time())
     to_s = min(to_s, now_s + 1)
@@ -312,6 +329,9 @@ async def report(
     _refuse_existing(folder)
     window = (instant(from_s), instant(to_s))
     await office.auditor.write("evidence", role=ROLE, **{"from": window[0], "to": window[1]})
+    if to_s > now_s:  # what is said of a second is said when it is over
+        await asyncio.sleep(min(1.0, max(0.0, to_s - time.time())))
+        now_s = to_s
     part = await _part(deployment, from_s, to_s, now_s)
     with _new_folder(folder) as inside:
         made = await _Maker(office, inside, window, now_s).write(part, advance)
@@ -323,15 +343,17 @@ class _Part(NamedTuple):
 
     begin: tuple[int, ...]
     end: tuple[int, ...]
-    checkpoints: list[Stored]
+    checkpoints: list[Checkpoint]
 
 
 class _Seen(NamedTuple):
     number: int
     at: str
     previous: tuple[str, ...]
+    since: tuple[int, ...]
     upto: tuple[int, ...]
-    stored: Stored
+    place: tuple[int, int]
+    digest: str
 
 
 async def _part(deployment: Deployment, from_s: int, to_s: int, now_s: int) -> _Part:
@@ -352,11 +374,13 @@ async def _part(deployment: Deployment, from_s: int, to_s: int, now_s: int) -> _
                 continue
             last = end = (await checkpoint(deployment)).checkpoint.digest
             seen = await _checkpoints(log, key, from_s, None, None)
+        if end not in seen:
+            raise LogUnusable(_GONE, stream=STREAM)
         line = _ancestors(seen, end)
-        before = [one for one in line if one.at <= instant(from_s)]
-        if len(before) < 2 and margin_s is not None:
+        start = _start(line, instant(from_s))
+        if start is None and margin_s is not None:
             continue
-        return await _bounded(log, seen[end], line, before[-1] if before else None, seen)
+        return await _bounded(log, seen[end], line, start)
     raise AssertionError("the last margin has no bound")
 
 
@@ -377,14 +401,38 @@ def _ancestors(seen: dict[str, _Seen], end: str) -> list[_Seen]:
     return sorted((seen[digest] for digest in found), key=lambda one: (one.number, one.at, one.upto))
 
 
-async def _bounded(log: Log, end: _Seen, line: list[_Seen], base: _Seen | None, seen: dict[str, _Seen]) -> _Part:
-    """Return the part that ends with a checkpoint and begins with the one before the base."""
+def _start(line: list[_Seen], from_at: str) -> _Seen | None:
+    """Return where a report begins: the newest checkpoint before all that the base, and each one after it, covers.
+
+    The base is the last one before the window: what it covers is in the report whole, for clocks may be apart. None:
+    there is none.
+    """
+    before = list(takewhile(lambda one: one.at < from_at, line))
+    if not before:
+        return None
+    floor = list(map(min, zip(*(one.since for one in line[len(before) - 1 :]), strict=True)))
+    for one in reversed(before[:-1]):
+        if one.since != one.upto and all(map(int.__le__, one.upto, floor)):  # not one of the parts that many heads make
+            return one
+    return None
+
+
+async def _bounded(log: Log, end: _Seen, line: list[_Seen], start: _Seen | None) -> _Part:
+    """Return the part that ends with a checkpoint and begins with another; None: with the log."""
     begins = await log.begin_offsets(STREAM)
-    start = None if base is None else next((seen[digest] for digest in base.previous if digest in seen), None)
     upto = begins if start is None else start.upto
     begin = tuple(min(max(pair), last) for *pair, last in zip(begins, upto, end.upto, strict=True))
-    chosen = [one.stored for one in line if start is None or one.number >= start.number]
+    chosen = [await _again(log, one) for one in line if start is None or one.number >= start.number]
     return _Part(begin, end.upto, chosen)
+
+
+async def _again(log: Log, seen: _Seen) -> Checkpoint:
+    """Return a checkpoint that was seen: of all that are looked at, few are kept. Raises LogUnusable if it is gone."""
+    stored = await log.read(STREAM, *seen.place, 1)
+    found = _checkpoint_in(stored[0]) if stored else None
+    if found is None or found.checkpoint.digest != seen.digest:
+        raise LogUnusable(_GONE, stream=STREAM)
+    return found
 
 
 async def _checkpoints(
@@ -402,7 +450,8 @@ async def _checkpoints(
         found = _checkpoint_in(stored)
         if found is not None and verifies(key, found):
             body = found.checkpoint
-            seen[body.digest] = _Seen(body.number, body.at, body.previous, body.upto, stored)
+            place = (stored.partition, stored.offset)
+            seen[body.digest] = _Seen(body.number, body.at, body.previous, body.since, body.upto, place, body.digest)
     return seen
 
 
@@ -433,7 +482,11 @@ def _new_folder(folder: Path) -> Iterator[Path]:
         raise InputInvalid(f"the folder of the report cannot be made: {error.strerror}") from None
     try:
         yield aside
-        aside.rename(folder)
+        try:
+            aside.rename(folder)
+        except OSError as error:  # two at once: the first one stays
+            _refuse_existing(folder)
+            raise InputInvalid(f"the folder of the report cannot be named: {error.strerror}") from None
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -502,28 +555,26 @@ class _Maker:
         )
         self._json(MANIFEST, Signed(manifest, sign(key, "report", encode(manifest))))
         counts = {kind: len(found) for kind, found in self._wrong.items() if found}
-        return Report(self._folder, fingerprint(key.public_key()), entries, counts)
+        return Report(self._folder, self._window, fingerprint(key.public_key()), entries, counts)
 
     def _checkpoints(self, part: _Part) -> list[Body]:
         """Write the checkpoints, and the last one once more, for whoever keeps it."""
-        found = [one for one in map(_checkpoint_in, part.checkpoints) if one is not None]
         with self._file(CHECKPOINTS) as write:
-            for one in found:
+            for one in part.checkpoints:
                 write(encode(one) + b"\n")
-        self._json(LAST, found[-1])
-        bodies = [one.checkpoint for one in found]
+        self._json(LAST, part.checkpoints[-1])
+        bodies = [one.checkpoint for one in part.checkpoints]
         self._wrong["found_by_checkpoints"] = [
             {"at": body.at, "number": body.number, **msgspec.to_builtins(finding)}
             for body in bodies
             for finding in body.findings
-            if body.number > bodies[0].number or not body.previous
         ]
         return bodies
 
     async def _entries(self, part: _Part, bodies: list[Body], advance: Callable[[int], None]) -> tuple[Tally, int]:
         """Write the entries, and of them the destructions and retention runs of the window."""
         said = expected(bodies, part.begin)
-        chains = Chains(part.begin, said.wanted, said.known)
+        chains = Chains(part.begin, said.wanted, said.known, said.covering)
         with self._file(AUDIT) as write, self._file(DESTRUCTIONS) as gone, self._file(RETENTION) as runs:
             tally = Tally(*self._window, gone, runs)
             async for stored in _entries(self._deployment.log, part.begin, part.end, advance):

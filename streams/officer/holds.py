@@ -17,7 +17,7 @@ Rules of this file:
 import os
 import secrets
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Final, NamedTuple
 
@@ -29,16 +29,16 @@ from processors.retention import DAY_S, instant
 from processors.seal import ENTROPY_BYTES, Entropy, Sealer
 from schemas.catalog import Domain
 from schemas.errors import InputInvalid, KeysUnusable, LogUnusable
-from schemas.fields import PLATFORM, is_account
+from schemas.fields import PLATFORM
 from schemas.outbound import Message, Output
 from schemas.sealed import KeyId, Sealed, take_apart
 from streams.deployment import Deployment
 from streams.keys.cache import KeyCache, KeyLease
 from streams.keys.ledger import AT_WILL, Mark
 from streams.keys.reveal import Revealed, State, open_sealed
-from streams.keys.store import Gone
+from streams.keys.store import Gone, KeyStore
 from streams.log.protocol import Log, Stored
-from streams.officer.office import ROLE, Office, Person
+from streams.officer.office import ROLE, Office, Person, check_name
 from streams.officer.requests import case
 from streams.officer.scan import Wanted, decided, naming, of_account, scan
 
@@ -94,8 +94,7 @@ async def hold_account(
     office: Office, account: str, reason: str, period: tuple[int | None, int | None], advance: Advance
 ) -> Kept:
     """Put the communications of an account under hold; as `hold_person`."""
-    if account == PLATFORM or not is_account(account):
-        raise InputInvalid("the account is not a name that an account can have")
+    check_name(account)
     case(reason)
     return await _hold(office, account, None, reason, period, advance)
 
@@ -130,6 +129,9 @@ async def _hold(
             period=[None if at_s is None else instant(at_s) for at_s in period],
         )
         deployment.store.ledger.add_mark(mark, None if person is None else person.value)
+    elif person is not None and deployment.store.ledger.number_of(mark.id) is None:  # a backup has lost it
+        deployment.store.ledger.add_mark(mark, person.value)
+        deployment.store.ledger.retoken(mark.id, person.tokens)
     preserved = await _preserve(deployment, [mark], now_s, advance)
     return Kept(mark, preserved)
 
@@ -148,24 +150,34 @@ def account_holds(office: Office, account: str) -> list[Mark]:
 async def release_person(office: Office, person: Person, owner: str, reason: str, hold: str | None) -> int:
     """End a hold of a person in an owner's data, and destroy its copies; return how many holds that were: 0 or 1.
 
-    Of several, the one that is named by `hold` (its id, or its first six digits or more), or whose case reference is
-    the reason. No copy of the key store brings its copies back; what is not dead by then lives on to its own instant.
-    Killed half-way, releasing again finishes it. Audited, before anything is destroyed. Blocks. Raises InputInvalid,
-    if it is not said which of several, among others.
+    The one that is named by `hold` (its id, or its first six digits or more), else the one whose case reference is the
+    reason: another's hold is never guessed. No copy of the key store brings its copies back; what is not dead by then
+    lives on to its own instant. Killed half-way, releasing again finishes it. Audited, before anything is destroyed.
+    Blocks. Raises InputInvalid if no hold in force is of that case, or several are, among others.
     """
     case(reason, person)
     return await _release(office, _chosen(person_holds(office, person, owner), reason, hold), reason)
 
 
 async def release_account(
-    office: Office, account: str, reason: str, hold: str | None, period: tuple[int | None, int | None] = (None, None)
+    office: Office,
+    account: str,
+    reason: str | None,
+    hold: str | None,
+    period: tuple[int | None, int | None] = (None, None),
 ) -> int:
-    """End a hold of an account, of this period if one is given; else as `release_person`."""
-    case(reason)
+    """End a hold of an account, of this period if one is given; else as `release_person`.
+
+    `reason` None: the only one in force is meant, and its own case reference is noted.
+    """
+    check_name(account)
+    if reason is not None:
+        case(reason)
     found = account_holds(office, account)
     if period != (None, None):
         found = [mark for mark in found if (mark.from_s, mark.to_s) == period]
-    return await _release(office, _chosen(found, reason, hold), reason)
+    mark = _chosen(found, reason, hold)
+    return await _release(office, mark, reason or ("" if mark is None else mark.reason))
 
 
 async def _release(office: Office, mark: Mark | None, reason: str) -> int:
@@ -185,18 +197,27 @@ async def _release(office: Office, mark: Mark | None, reason: str) -> int:
     return int(mark is not None)
 
 
-def _chosen(found: Sequence[Mark], reason: str, hold: str | None) -> Mark | None:
-    """Return which of the holds in force is meant; None: there is none. Raises InputInvalid."""
+def _chosen(found: Sequence[Mark], reason: str | None, hold: str | None) -> Mark | None:
+    """Return which of the holds in force is meant; None: there is none in force. Raises InputInvalid.
+
+    A release is for good, so a hold is meant only if it is named by `hold`, or by its case (`reason`), or if no case
+    is given and it is the only one.
+    """
     if hold is not None:
         named = [mark for mark in found if len(hold) >= _ID_DIGITS and mark.id.startswith(hold)]
         if len(named) != 1:
             raise InputInvalid("--hold names none of the holds in force, or more than one; give its whole id")
         return named[0]
-    meant = [mark for mark in found if mark.reason == reason] or found
-    if len(meant) > 1:
-        names = ", ".join(f"{mark.id} ({mark.reason})" for mark in meant)
-        raise InputInvalid(f"there are several holds in force: {names}; say which with --hold")
+    meant = [mark for mark in found if reason in (None, mark.reason)]
+    if len(meant) != 1 and found:
+        what = "there are several" if meant else "no hold of this case"
+        raise InputInvalid(f"{what}; in force: {listed(meant or found)}; name it with --hold")
     return meant[0] if meant else None
+
+
+def listed(marks: Iterable[Mark]) -> str:
+    """Return holds as a message names them: id and case reference."""
+    return ", ".join(f"{mark.id} ({mark.reason})" for mark in marks)
 
 
 async def standing_in_the_way(office: Office, person: Person, owner: str, advance: Advance) -> Mark | None:
@@ -208,21 +229,52 @@ async def standing_in_the_way(office: Office, person: Person, owner: str, advanc
     mine = person_holds(office, person, owner)
     if mine:
         return mine[0]
-    deployment = office.deployment
-    marks = [mark for mark in deployment.store.ledger.marks("hold") if not mark.tokens]
+    marks = [mark for mark in office.deployment.store.ledger.marks("hold") if not mark.tokens]
     marks = [mark for mark in marks if owner in (PLATFORM, mark.owner)]
-    if not marks:
-        return None
-    wants = [(mark, _broadly(mark, ())) for mark in marks]
+    async for mark in _covering(office, person, owner, marks, advance):
+        return mark
+    return None
+
+
+async def of_others(office: Office, person: Person, owner: str, advance: Advance) -> list[Mark]:
+    """Return the holds in force of others that cover a record of the person: their copies hold the person's number.
+
+    Looked for by the person's secrets of that owner, so to be called before they are destroyed; a copy whose original
+    is gone is not found. Reads the streams only if others are under hold. Blocks.
+    """
+    marks = [mark for mark in office.deployment.store.ledger.marks("hold") if mark.tokens]
+    marks = [mark for mark in marks if not set(mark.tokens) & set(person.tokens)]
+    return [mark async for mark in _covering(office, person, owner, marks, advance)]
+
+
+async def _covering(
+    office: Office, person: Person, owner: str, marks: Sequence[Mark], advance: Advance
+) -> AsyncIterator[Mark]:
+    """Yield those of some holds that cover a record of the person under the owner's secrets, each once."""
+    deployment = office.deployment
+    left = list(marks)
     for stream in COVERED:
+        if not left:
+            return
         ends = await decided(deployment.log, stream)
+        # who is in what lies before these ends had a secret before it was sealed, so all of it is asked for now
         theirs = naming(office.sids(person, owner))
+        wants = []
+        for mark in left:
+            sids = _sids_of(deployment.store, mark)
+            wants.append((mark, sids, _broadly(mark, sids)))
         async for page in scan(deployment.log, stream, theirs, ends=ends, advance=advance):
             for stored in page:
-                for mark, wanted in wants:
-                    if wanted(stored) and _covers(mark, _sealed(stored), ()):
-                        return mark
-    return None
+                for mark, sids, wanted in wants:
+                    if mark in left and wanted(stored) and _covers(mark, _sealed(stored), sids):
+                        left.remove(mark)
+                        yield mark
+
+
+def _sids_of(store: KeyStore, mark: Mark) -> set[str]:
+    """Return the sids, of the owner, that the person under hold had when it was made or since; of an account, none."""
+    known = store.persons_of(mark.tokens, mark.at_s) if mark.tokens else ()
+    return {one.sid for one in known if one.owner == mark.owner}
 
 
 # --- copying ------------------------------------------------------------------------------------------------------
@@ -235,8 +287,11 @@ async def preserve(deployment: Deployment, *, now_s: int, advance: Advance = uns
     the run (Unix s). Safe to be killed, and on two machines at once (a record may then be copied twice). Blocks, for as
     long as it takes to read what was written since the last run, and what was ever written for a hold that is new.
     """
-    marks = deployment.store.ledger.marks("hold")
-    return Preserved(await _preserve(deployment, marks, now_s, advance), len(marks))
+    records, done = 0, None
+    while done != (marks := deployment.store.ledger.marks("hold")):  # one was made, or got other tokens, meanwhile
+        records += await _preserve(deployment, marks, now_s, advance)
+        done = marks
+    return Preserved(records, len(marks))
 
 
 async def _preserve(deployment: Deployment, marks: Sequence[Mark], now_s: int, advance: Advance) -> int:
@@ -278,8 +333,17 @@ class _Copier:
                 await self._stream(stream, advance)
             await self._note_copies(await self.log.end_offsets(STREAM))
         except _Released:
-            pass
+            if self._in_force() is not None:
+                raise KeysUnusable(
+                    "the key of a legal hold in force is destroyed, so nothing can be copied for it and nothing dies:"
+                    " make the hold again, and release this one",
+                    hold=self.mark.id,
+                ) from None
         return self.copied
+
+    def _in_force(self) -> Mark | None:
+        """Return the hold as it is now, with the tokens of every token key there is."""
+        return next((mark for mark in self.ledger.marks("hold") if mark.id == self.mark.id), None)
 
     async def _find_copies(self) -> None:
         """Find the copies that a run that was killed may have made without noting them."""
@@ -297,11 +361,14 @@ class _Copier:
             self.ledger.set_progress(_job(self.mark, STREAM, partition), end)
 
     async def _stream(self, stream: str, advance: Advance) -> None:
-        mark = self.mark
-        begins = [self.ledger.progress(_job(mark, stream, p)) or 0 for p in range(self.log.partitions)]
+        begins = [self.ledger.progress(_job(self.mark, stream, p)) or 0 for p in range(self.log.partitions)]
         ends = await decided(self.log, stream)
-        # who is in what lies before these ends had a secret before it was sealed, so all of it is asked for now
-        sids = {one.sid for one in self.store.persons_of(mark.tokens) if one.owner == mark.owner} if mark.tokens else ()
+        # who is in what lies before these ends had a secret, under a token of the mark, before it was sealed: so the
+        # mark is read and all of its secrets are asked for now; what died since the hold was made is copied too
+        mark = self._in_force()
+        if mark is None:
+            raise _Released
+        sids = _sids_of(self.store, mark)
         async for page in scan(self.log, stream, _broadly(mark, sids), begins=begins, ends=ends, advance=advance):
             for at in range(0, len(page), _PAGE):
                 some = page[at : at + _PAGE]

@@ -17,18 +17,15 @@ from processors.keyring import EpochRef
 from processors.retention import DAY_S, instant
 from schemas.catalog import Domain
 from schemas.errors import InputInvalid
-from schemas.fields import PLATFORM, is_account
 from streams.deployment import Deployment
 from streams.officer import holds
 from streams.officer.again import again
+from streams.officer.office import SCHEDULE, check_name
 
 NUMBERS_KEPT_DAYS: Final = 20
 """Days from termination to the end of number-related data (CAL-7)."""
 AT_ONCE: Final = frozenset({Domain.CONTENT.value, Domain.REVIEW.value})
 """Domains of customer data that end with the agreement."""
-_SCHEDULE: Final = "offboard/"
-_FINISHED: Final = "offboarded/"
-"""All people's secrets of an account were looked through: again only once there are keys of it again."""
 _CANCELLED: Final = 0
 _BATCH: Final = 1000
 
@@ -71,7 +68,7 @@ async def offboard(
     What a legal hold covers is kept first; if that cannot be done, that error is raised and nothing is destroyed, but
     the schedule stands. Blocks. Raises InputInvalid for what cannot be an account, or no time of a termination.
     """
-    _check(account)
+    check_name(account)
     if terminated_s <= 0:
         raise InputInvalid("the time of the termination is before any agreement")
     leaving = Leaving(account, terminated_s)
@@ -84,7 +81,7 @@ async def offboard(
         numbers_die_at=instant(leaving.numbers_die_s),
         clause="CAL-7",
     )
-    deployment.store.ledger.set_progress(_SCHEDULE + account, terminated_s)
+    deployment.store.ledger.set_progress(SCHEDULE + account, terminated_s)
     if terminated_s <= now_s:
         await holds.preserve(deployment, now_s=now_s)
     return Offboarded(leaving, *await _destroy(deployment, leaving, now_s, dry=False))
@@ -94,13 +91,13 @@ async def cancel(deployment: Deployment, account: str) -> bool:
     """End an account's schedule, for it stays or has come back; return whether there was one. Audited. Blocks.
 
     What was destroyed stays so, and an epoch that is dead is not sealed under again: content of a day that died is not
-    stored, and comes back with the next day.
+    stored, and comes back with the next day. Raises InputInvalid for what cannot be an account.
     """
-    _check(account)
+    check_name(account)
     if not any(leaving.account == account for leaving in schedule(deployment)):
         return False
     await deployment.auditor().write("offboard", account=account, terminated_at=None, clause="CAL-7")
-    deployment.store.ledger.set_progress(_SCHEDULE + account, _CANCELLED)
+    deployment.store.ledger.set_progress(SCHEDULE + account, _CANCELLED)
     return True
 
 
@@ -109,21 +106,15 @@ def reschedule(deployment: Deployment, account: str, terminated_s: int | None) -
 
     For a key store that a backup brought back: nothing is destroyed here.
     """
-    _check(account)
     ledger = deployment.store.ledger
-    if terminated_s is not None or ledger.progress(_SCHEDULE + account) is not None:
-        ledger.set_progress(_SCHEDULE + account, _CANCELLED if terminated_s is None else terminated_s)
-
-
-def _check(account: str) -> None:
-    if account == PLATFORM or not is_account(account):
-        raise InputInvalid("the account is not a name that an account can have")
+    if terminated_s is not None or ledger.progress(SCHEDULE + account) is not None:
+        ledger.set_progress(SCHEDULE + account, _CANCELLED if terminated_s is None else terminated_s)
 
 
 def schedule(deployment: Deployment) -> list[Leaving]:
     """Return the accounts that were offboarded or will be, soonest first. Blocks."""
-    found = deployment.store.ledger.progresses(_SCHEDULE)
-    leaving = [Leaving(name.removeprefix(_SCHEDULE), at_s) for name, at_s in found.items() if at_s != _CANCELLED]
+    found = deployment.store.ledger.progresses(SCHEDULE)
+    leaving = [Leaving(name.removeprefix(SCHEDULE), at_s) for name, at_s in found.items() if at_s != _CANCELLED]
     return sorted(leaving, key=lambda one: (one.terminated_s, one.account))
 
 
@@ -148,22 +139,20 @@ async def _destroy(deployment: Deployment, leaving: Leaving, now_s: int, *, dry:
         if key.owner == leaving.account and key.state != "destroyed" and (key.domain in AT_ONCE or everything)
         if key.domain != Domain.TRANSIT
     ]
-    name = _FINISHED + leaving.account
-    look = everything and (bool(refs) or store.ledger.progress(name) != leaving.terminated_s)
     if dry:
-        return len(refs), len(next(iter(store.sids_of(leaving.account)), ())) if look else 0
+        return len(refs), len(next(iter(store.sids_of(leaving.account)), ())) if everything else 0
     for at in range(0, len(refs), _BATCH):
         named = ["/".join(ref) for ref in refs[at : at + _BATCH]]
         await auditor.write("destroy", destroyed={"epochs": named}, why="offboarded", account=leaving.account)
         for ref in refs[at : at + _BATCH]:
             await again(partial(store.destroy_epoch, ref))
     persons, before = 0, -1
-    while look and persons > before:  # until a look finds nobody
+    while everything and persons > before:  # until a look finds nobody: what came late may have brought some again
         before = persons
         for sids in store.sids_of(leaving.account):
             await auditor.write("destroy", destroyed={"sids": sids}, why="offboarded", account=leaving.account)
             await again(partial(store.destroy_sids, sids))
             persons += len(sids)
-    if look:
-        store.ledger.set_progress(name, leaving.terminated_s)
+    if refs or persons:  # an entry after the destruction tells a restored store that the log knows of it
+        await auditor.write("offboarded", account=leaving.account, epochs=len(refs), persons=persons)
     return len(refs), persons

@@ -3,20 +3,34 @@
 Rules of this file:
 - Only a principal with the role dpo for all accounts gets an `Office`; nothing of officers' work runs without one.
 - A person is known by the tokens of all token keys there are, so that a rotation under way hides nobody.
+- An account is known by the policy, or by what was ever kept for it: a mistyped one is an error, and no success.
 - No number in an error, and none in a `repr`.
 """
 
+import re
+import time
+import unicodedata
 from typing import Final, NamedTuple
+
+import phonenumbers
 
 from processors.screen.suppression import Tokens
 from schemas.errors import InputInvalid
 from schemas.fields import PLATFORM, Kind, is_account, normalise
 from streams.deployment import Deployment
 from streams.keys.audit import Auditor
+from streams.keys.ledger import MarkKind
 from streams.keys.roles import Principal, only_officer
 from streams.keys.store import Known
+from streams.officer.scan import of_account, scan
 
 ROLE: Final = "dpo"
+SCHEDULE: Final = "offboard/"
+"""How the names begin under which the ledger keeps when accounts leave."""
+MIN_DIGITS: Final = 7
+_MARKS: Final[tuple[MarkKind, ...]] = ("hold", "restriction")
+_SEPARATORS = re.compile(r"[\s().\-/\u2010-\u2015]+")
+_DIGITS = re.compile(rf"[0-9]{{{MIN_DIGITS},}}")
 
 
 class Person(NamedTuple):
@@ -42,15 +56,12 @@ class Office:
     def person(self, number: str, account: str | None = None) -> Person:
         """Return who a number is, read in the region of the account if one is given. Blocks on the key store.
 
-        An account that the policy does not list (any more) may still have data, so it is no error. Raises
-        InputInvalid, without repeating anything, for a number that is nobody's or an account that cannot be one.
+        Raises InputInvalid, without repeating anything, for a number that is nobody's or an account that cannot be one.
         """
-        policy = self.deployment.config.policy
         listed = None
         if account is not None:
-            if account == PLATFORM or not is_account(account):
-                raise InputInvalid("the account is not a name that an account can have")
-            listed = policy.account(account)
+            check_name(account)
+            listed = self.deployment.config.policy.account(account)
         party = normalise(number, listed.default_region if listed else None)
         if not party.is_person or party.kind is Kind.UNKNOWN or (listed and party.value in listed.own):
             raise InputInvalid(
@@ -68,6 +79,69 @@ class Office:
         """
         known = self.deployment.store.persons_of(person.tokens)
         return {one.sid: one for one in known if owner is None or one.owner == owner}
+
+
+class Finder:
+    """Finds a person's number or address in a text of any kind: any spelling of the national number."""
+
+    __slots__ = ("_needle",)
+
+    def __init__(self, value: str) -> None:
+        self._needle = value.lower()
+        if value.startswith("+"):
+            self._needle = _national(value) or value[1:]
+
+    def __repr__(self) -> str:
+        return "Finder()"
+
+    def found(self, text: str) -> bool:
+        """Return whether the text may hold the number; digits that only look like it are found too."""
+        plain = _plain(text)
+        return self._needle in plain or self._needle in _SEPARATORS.sub("", plain)
+
+
+def may_hold_a_number(text: str) -> bool:
+    """Return whether somebody's number may be in a text: seven digits with nothing but separators between."""
+    return _DIGITS.search(_SEPARATORS.sub("", _plain(text))) is not None
+
+
+def _plain(text: str) -> str:
+    return unicodedata.normalize("NFKC", text.replace("\0", "")).lower()
+
+
+def _national(number: str) -> str | None:
+    """Return the digits of an E.164 number without its country code; None: of no known country, or too few."""
+    try:
+        digits = phonenumbers.national_significant_number(phonenumbers.parse(number))
+    except phonenumbers.NumberParseException:
+        return None
+    return digits if len(digits) >= MIN_DIGITS else None
+
+
+def check_name(account: str) -> None:
+    """Raise InputInvalid unless an account can have this name."""
+    if account == PLATFORM or not is_account(account):
+        raise InputInvalid("the account is not a name that an account can have")
+
+
+async def check_account(deployment: Deployment, account: str) -> None:
+    """Raise InputInvalid unless an account is in the policy, or keys, a mark, a schedule or call records are its.
+
+    One that the policy does not list (any more) may still have data. One that it would serve if it came
+    (`accounts.any`) and that never came is none. Blocks; for one without keys, as long as it takes to read `cdr.pii`.
+    """
+    check_name(account)
+    store = deployment.store
+    if not (
+        any(listed.id == account for listed in deployment.config.policy.listed)
+        or any(key.owner == account for key in store.status(int(time.time())))
+        or store.ledger.progress(SCHEDULE + account) is not None
+        or any(mark.owner == account for kind in _MARKS for mark in store.ledger.marks(kind, ended=True))
+        or any(store.sids_of(account))
+    ):
+        async for _ in scan(deployment.log, "cdr.pii", of_account(account)):  # of calls it may have no keys
+            return
+        raise InputInvalid("no such account: neither in the policy nor with keys or records; see keys status")
 
 
 def office(deployment: Deployment) -> Office:

@@ -9,23 +9,29 @@ Rules of this file:
 - Opt-outs are under the token key of the log, not of the backup: where that key is lost, they are written anew from
   their sealed numbers, as a rotation does.
 - What the backup cannot know is said: holds and restrictions made since are to be made again.
+- A hold or restriction in force stays in force, whatever is lost: its tokens are right. Without its number it covers
+  nobody under a new token key, which is said; a hold whose copies are lost goes on as a successor that copies anew.
 """
 
 from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, date, datetime, time, timedelta
+from hashlib import sha256
+from time import time as clock
 from typing import Final, NamedTuple
 
 import orjson
 
 from processors.evidence import Chains, Findings
 from processors.keyring import EpochRef
+from processors.retention import instant
 from schemas.catalog import Domain
 from schemas.errors import KeysUnusable
 from streams.deployment import Deployment
 from streams.keys.ledger import AT_WILL, Mark, MarkKind
 from streams.keys.store import KeyStore
 from streams.officer import offboard
-from streams.officer.rotation import SWITCH, Copy, retoken_marks
+from streams.officer.office import ROLE, Office, office
+from streams.officer.rotation import SWITCH, Copy, nameless, retoken_marks
 from streams.officer.upkeep import day_of
 
 AUDIT: Final = "audit"
@@ -38,7 +44,7 @@ _SPARE: Final = 1000
 
 
 class Missing(NamedTuple):
-    """A hold or restriction that was made since the backup, or whose number is lost: it must be made again."""
+    """A hold or restriction that must be made again: made since the backup, or in force and its number is lost."""
 
     kind: MarkKind
     id: str
@@ -46,13 +52,21 @@ class Missing(NamedTuple):
 
 
 class Reconciled(NamedTuple):
-    """What was done again: sids and epochs destroyed, marks ended, opt-outs written; and what is missing."""
+    """What was done again: sids and epochs destroyed, marks ended, opt-outs written; and what is missing.
+
+    `missing`: marks made since the backup. `nameless`: marks in force whose number is lost; no token key is rotated
+    until they are made again. `successors`: ids of holds that copy anew what they cover. `given_up`: epochs that were
+    alive and lost, `DOMAIN/OWNER/EPOCH`: nothing is sealed under them again.
+    """
 
     sids: int
     epochs: int
     ended: int
     opt_outs: int
     missing: tuple[Missing, ...]
+    nameless: tuple[Missing, ...]
+    successors: tuple[str, ...]
+    given_up: tuple[str, ...]
 
 
 class _Past:
@@ -127,26 +141,26 @@ async def reconcile(
 
     `deployment` was opened with `outdated`. `incomplete`: go on although the audit stream may not name everything.
     `advance` is told of audit entries read. Memory: a few hundred bytes for everything that was ever destroyed early
-    and each epoch that died. Raises KeysUnusable if the audit stream does not tell for sure what was destroyed, and
-    RevealDenied if opt-outs must be written anew and this principal may not open them.
+    and each epoch that died. Raises RevealDenied to all but the privacy officer, and KeysUnusable if the audit stream
+    does not tell for sure what was destroyed.
     """
-    store = deployment.store
+    desk = office(deployment)
+    auditor, store = desk.auditor, deployment.store
     past, findings = await _read(deployment, advance)
-    counter = store.kms.counter()
+    counter = _counter(store, past, incomplete=incomplete)
     lost = {day_of(kek) for kek in store.lost()} - set(store.due_days(now_s))
     if not incomplete:
         _refuse_unless_whole(past, findings, counter)
-        copies = AT_WILL in lost and _alive_copies(store, now_s) - past.epochs.keys()
+        copies = {ref for ref in _alive(store, now_s) - past.epochs.keys() if ref.domain == Domain.HELD}
         _refuse_what_is_lost(lost - past.days - (set() if copies else {AT_WILL}))
-    before = {mark.id for kind in _KINDS for mark in store.ledger.marks(kind, ended=True)}
     standing = {mark.id for kind in _KINDS for mark in store.ledger.marks(kind)}
     raised = counter + len(past.sids) + len(past.epochs) + len(lost) + _SPARE
-    await deployment.auditor().write(_BEGUN, counter=past.needed(counter), raised=raised, findings=findings.count)
+    await auditor.write(_BEGUN, counter=past.needed(counter), raised=raised, findings=findings.count, lost=sorted(lost))
     store.kms.raise_counter(raised)
-    for day in sorted(lost):
-        store.bury_day(day, now_s if day == AT_WILL else _end_s(day))
-    nameless = [mark for mark in _of_people(store) if AT_WILL in lost and mark.id not in past.ended]
-    past.ended |= {mark.id: now_s for mark in nameless}
+    _give_up(store, lost & past.days, now_s)
+    alive = _alive(store, now_s)
+    _give_up(store, lost - past.days, now_s)
+    given_up = tuple(sorted("/".join(ref) for ref in alive - _alive(store, now_s) - past.epochs.keys()))
     ending = [mark_id for mark_id in past.ended if mark_id in standing]
     for mark_id in ending:
         store.ledger.end_mark(mark_id, past.ended[mark_id])
@@ -155,19 +169,23 @@ async def reconcile(
     sids, epochs = _destroy_sids(store, list(past.sids)), _destroy_epochs(store, list(past.epochs), now_s)
     opt_outs = await _retoken(deployment, past.token_version)
     retoken_marks(deployment)
-    missing = tuple(mark for mark_id, mark in past.made.items() if mark_id not in before and mark_id not in past.ended)
-    missing += tuple(Missing(mark.kind, mark.id, mark.reason) for mark in nameless)
+    successors = tuple([await _succeed(desk, mark) for mark in _without_copies(store, now_s)])
+    there = {mark.id for kind in _KINDS for mark in store.ledger.marks(kind, ended=True)}
+    missing = tuple(mark for mark_id, mark in past.made.items() if mark_id not in there and mark_id not in past.ended)
+    without = tuple(Missing(mark.kind, mark.id, mark.reason) for mark in nameless(store))
     store.catch_up()
-    await deployment.auditor().write(
+    await auditor.write(
         "reconciled",
         sids=sids,
         epochs=epochs,
         ended=ending,
         opt_outs=opt_outs,
         missing=[mark.id for mark in missing],
+        nameless=[mark.id for mark in without],
+        successors=successors,
         incomplete=incomplete,
     )
-    return Reconciled(sids, epochs, len(ending), opt_outs, missing)
+    return Reconciled(sids, epochs, len(ending), opt_outs, missing, without, successors, given_up)
 
 
 _KINDS: Final[tuple[MarkKind, ...]] = ("hold", "restriction")
@@ -198,6 +216,23 @@ async def _read(deployment: Deployment, advance: Callable[[int], None]) -> tuple
     return past, chains.findings
 
 
+def _counter(store: KeyStore, past: _Past, *, incomplete: bool) -> int:
+    """Return the destruction counter of the key management service, or without it how far the audit stream goes.
+
+    Raises KeysUnusable if it is lost, unless `incomplete`.
+    """
+    try:
+        return store.kms.counter()
+    except KeysUnusable as error:
+        if incomplete:
+            return max(past.sequence, store.sequence())
+        raise KeysUnusable(
+            "the destruction counter of the key management service is lost, so nothing tells whether the audit stream"
+            " goes as far as the last destruction: nothing was done; restore the counter, or go on with what the stream"
+            " names: --yes"
+        ) from error
+
+
 def _refuse_unless_whole(past: _Past, findings: Findings, counter: int) -> None:
     if findings.count:
         raise KeysUnusable(
@@ -220,14 +255,40 @@ def _refuse_what_is_lost(days: Collection[str]) -> None:
         )
 
 
-def _alive_copies(store: KeyStore, now_s: int) -> set[EpochRef]:
-    """Return the epochs of holds whose copies the backup knows."""
-    return {EpochRef(*key[:3]) for key in store.status(now_s) if key.domain == Domain.HELD and key.state == "alive"}
+def _alive(store: KeyStore, now_s: int) -> set[EpochRef]:
+    """Return the epochs whose keys the store has."""
+    return {EpochRef(key.domain, key.owner, key.epoch) for key in store.status(now_s) if key.state == "alive"}
 
 
-def _of_people(store: KeyStore) -> list[Mark]:
-    """Return the marks in force that name a person, whose number a rotation of the token key needs."""
-    return [mark for kind in _KINDS for mark in store.ledger.marks(kind) if mark.tokens]
+def _give_up(store: KeyStore, days: Collection[str], now_s: int) -> None:
+    """Leave a tombstone of all that is under days whose KEK is lost."""
+    for day in sorted(days):
+        store.bury_day(day, now_s if day == AT_WILL else _end_s(day))
+
+
+def _without_copies(store: KeyStore, now_s: int) -> list[Mark]:
+    """Return the holds in force under whose epoch nothing can be kept any more."""
+    gone = {key.epoch for key in store.status(now_s) if key.domain == Domain.HELD and key.state == "destroyed"}
+    return [mark for mark in store.ledger.marks("hold") if mark.id in gone]
+
+
+async def _succeed(desk: Office, mark: Mark) -> str:
+    """Put a hold of the same kind in the place of one whose copies are lost, and return its id; idempotent. Audited."""
+    ledger, store = desk.deployment.store.ledger, desk.deployment.store
+    made = mark._replace(id=sha256(bytes.fromhex(mark.id)).hexdigest()[:32])
+    ledger.add_mark(made, ledger.number_of(mark.id))
+    await desk.auditor.write(
+        "hold",
+        role=ROLE,
+        reason=made.reason,
+        hold=made.id,
+        instead_of=mark.id,
+        owner=made.owner,
+        sids=sorted(one.sid for one in store.persons_of(made.tokens) if one.owner == made.owner) if made.tokens else [],
+        period=[None if at_s is None else instant(at_s) for at_s in (made.from_s, made.to_s)],
+    )
+    ledger.end_mark(mark.id, int(clock()))
+    return made.id
 
 
 def _end_s(day: str) -> int:
@@ -266,8 +327,8 @@ async def _retoken(deployment: Deployment, version: int) -> int:
         if keys.current.version >= version and not keys.changing:
             return 0
         if any(key.version == version for key in keys.others):
-            store.hold_tokens()
-            store.switch_tokens()
+            store.hold_tokens(version)
+            store.switch_tokens(version)
             return 0
         if keys.current.version >= version:  # the rotation that was under way never came to its switch
             return 0
@@ -275,12 +336,13 @@ async def _retoken(deployment: Deployment, version: int) -> int:
         store.ledger.set_progress(_LOST, lost)
     key = store.add_token_key()
     while key.version <= lost:  # its entries are under another key of this version
-        store.hold_tokens()
-        store.switch_tokens()
+        store.hold_tokens(key.version)
+        store.switch_tokens(key.version)
         key = store.add_token_key()
-    written = await Copy(deployment, lost, key).run()
+    current = store.token_keys().current.version
+    written = await Copy(deployment, lost, key, current=current).run()
     await deployment.auditor().write(SWITCH, token_version=key.version, entries=written.written)
-    store.hold_tokens()
-    store.switch_tokens()
+    store.hold_tokens(key.version)
+    store.switch_tokens(key.version)
     store.ledger.drop_progress(_LOST)
     return written.written

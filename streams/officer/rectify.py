@@ -63,7 +63,7 @@ class Rectified(NamedTuple):
     corrected: int
     unchanged: int
     not_opened: dict[str, int]
-    request: Request  # as it is kept, with its clocks (CAL-4)
+    request: Request | None  # as it is kept, with its clocks (CAL-4); None: there was nothing to correct
 
 
 class _Change(NamedTuple):
@@ -186,8 +186,15 @@ class Rectification:
             corrected += written
             if written < len(changes):
                 not_opened[State.DESTROYED.value] += len(changes) - written
-        request = note(self._office, "rectify", self._owner, self._reason, self._received_s, self._accounts, DONE)
+        request = None
+        if corrected or (unchanged and not self._is_noted()):  # one that was killed wrote, and noted nothing
+            request = note(self._office, "rectify", self._owner, self._reason, self._received_s, self._accounts, DONE)
         return Rectified(corrected, unchanged, dict(not_opened), request)
+
+    def _is_noted(self) -> bool:
+        """Return whether there is a request of this case already."""
+        mine = ("rectify", self._owner, self._reason)
+        return any((one.kind, one.owner, one.reason) == mine for one in self._ledger.requests(closed=True))
 
     async def _find(self, places: Sequence[Place], advance: Callable[[int], None]) -> list[Place]:
         """Return where the person's records lie, of those named if any are; and note corrections that nobody knows of.

@@ -3,6 +3,8 @@
 Rules of this file:
 - A request names no person: its kind, whose data it is about, a case reference, the accounts to be told, and clocks.
 - It is closed once it has come to an end and every account is told; until then each clock runs by itself.
+- What is asked again goes on with the request that is open: same kind, owner and case. So one reference stands for one
+  number's request.
 - Clocks count from when the request was received, which may be before anybody wrote it down.
 """
 
@@ -12,26 +14,27 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
-from processors.plan import MIN_DIGITS
 from schemas.errors import InputInvalid
-from schemas.fields import REASON
+from schemas.fields import is_reason
 from streams.keys.ledger import ENDS, Ledger, Request, RequestKind
-from streams.officer.office import ROLE, Office, Person
+from streams.officer.office import ROLE, Finder, Office, Person
 
 NOTICE_S: Final = 24 * 3600
 DUE_S: Final = 15 * 86_400
 DONE: Final = "done"
 UNDER_HOLD: Final = "refused:held"
 """Refused for as long as a legal hold is in force; the clock runs on."""
+_CHANGES_NOTHING: Final[frozenset[RequestKind]] = frozenset({"access", "export"})
 _PREFIX = re.compile(r"[0-9a-f]{6,32}")
 
 
 def case(reason: str, person: Person | None = None) -> None:
-    """Raise InputInvalid unless a reason is a code or case reference that does not spell out the person's number."""
-    if not REASON.fullmatch(reason):
-        raise InputInvalid("the reason must be a code or case reference: at most 40 letters, digits, - _ /")
-    value = "" if person is None else person.value.lstrip("+")
-    if len(value) >= MIN_DIGITS and value in reason.lower():
+    """Raise InputInvalid unless a reason is a code or case reference, without the person's number in any spelling."""
+    if not is_reason(reason):
+        raise InputInvalid(
+            "the reason must be a code or case reference: at most 40 letters, digits, - _ /, not 7 digits alone"
+        )
+    if person is not None and Finder(person.value).found(reason.replace("_", "-")):
         raise InputInvalid("the reason must be a code or case reference, and not the person's number")
 
 
@@ -46,11 +49,29 @@ def note(
 ) -> Request:
     """Return a person's request, kept with its clocks; it stays open unless it is done and there is nobody to tell.
 
+    The open one of the same kind, owner and case goes on: its clocks run from the earlier of both, and who was told
+    stays told. To know and to take along changes nothing, so an account that a request of the same case names already
+    is not told of it once more.
+
     `owner`: the platform or an account, whose data it is about. `received_s`: Unix s, not ahead of the clock.
     `notify`: the accounts to be told (INF-9). `outcome`: `DONE`, or a code of why it is not. Blocks on the key store.
     """
     now_s = int(time.time())
     received_s = min(received_s, now_s)
+    ledger = office.deployment.store.ledger
+    of_case = [one for one in ledger.requests(closed=True) if (one.owner, one.reason) == (owner, reason)]
+    goes_on = next((one for one in of_case if one.kind == kind and one.closed_s is None), None)
+    if kind in _CHANGES_NOTHING:
+        asked = {account for one in of_case for account in one.notify}
+        notify = [account for account in notify if account not in asked]
+    if goes_on is not None:
+        received_s = min(received_s, goes_on.received_s)
+        told = {**dict.fromkeys(notify), **goes_on.notify}
+        request = goes_on._replace(
+            received_s=received_s, notice_due_s=received_s + NOTICE_S, due_s=received_s + DUE_S, notify=told,
+            outcome=outcome,
+        )  # fmt: skip
+        return _keep(office, request, now_s)
     request = Request(
         id=secrets.token_hex(16),
         kind=kind,

@@ -67,8 +67,9 @@ async def restrict(office: Office, number: str, account: str | None, reason: str
         Mark(secrets.token_hex(16), "restriction", owner, person.tokens, reason, int(time.time())) if made else marks[0]
     )
     await _audit(office, "restrict", person, account, reason, restriction=mark.id)
-    if made:
+    if made or office.deployment.store.ledger.number_of(mark.id) is None:  # a backup may have lost it
         office.deployment.store.ledger.add_mark(mark, person.value)
+        office.deployment.store.ledger.retoken(mark.id, person.tokens)
     written = 0
     if _is_served(office, account):
         written = await _refuse_marketing(office, person, account, _reason_of(mark), anew=False)
@@ -86,6 +87,8 @@ async def unrestrict(office: Office, number: str, account: str | None, reason: s
         if _is_served(office, account):
             lifted += await _lift(office, person, account, _reason_of(mark))
         office.deployment.store.ledger.end_mark(mark.id, int(time.time()))
+        # its number was destroyed: an entry after that tells a restored store that the log knows of it
+        await office.auditor.write("unrestricted", role=ROLE, reason=reason, restriction=mark.id)
     return Done(len(marks), lifted, _note(office, "unrestrict", person, account, reason, received_s))
 
 

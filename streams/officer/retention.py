@@ -133,6 +133,7 @@ async def run(
     calling again would not finish.
     """
     permit(deployment, now_s, dry=dry)
+    now_s = by_the_store(deployment, now_s)
     skipped: list[Skipped] = []
     held = 0
     if not dry:
@@ -151,7 +152,10 @@ async def run(
     skipped += uncut
     report = Report(now_s, dry, held, died, offboarded, rewrapped, tuple(cuts), tuple(skipped), failed)
     if not dry:
-        await rotation.drop_old_tokens(deployment)
+        try:
+            await rotation.drop_old_tokens(deployment)
+        except Retriable as error:
+            report = report._replace(skipped=(*report.skipped, Skipped("token keys", str(error))))
         await _tell(deployment, report)
         try:
             body = (await evidence.checkpoint(deployment)).checkpoint
@@ -190,6 +194,11 @@ def permit(deployment: Deployment, now_s: int, *, dry: bool) -> None:
         office(deployment)
 
 
+def by_the_store(deployment: Deployment, now_s: int) -> int:
+    """Return `now_s`, but no later than the store's clock if it was taken from this machine's, which may be ahead."""
+    return min(now_s, int(deployment.store.now_s())) if now_s <= time.time() else now_s
+
+
 def _date(at_s: int) -> date:
     return datetime.fromtimestamp(at_s, UTC).date()
 
@@ -202,7 +211,7 @@ async def destroy_due(deployment: Deployment, now_s: int, *, dry: bool) -> Died:
 
     Holds are the caller's to keep first. An epoch of a day that is over goes with its day.
     """
-    store = deployment.store
+    store, now_s = deployment.store, by_the_store(deployment, now_s)
     due = store.due_epochs(now_s)
     days = store.due_days(now_s)
     if dry:

@@ -12,6 +12,9 @@ Rules of this file:
   number, becomes an opt-out from the account, which no lift of the narrow one lifts.
 - The audit entry `token_switch` is written when the copy is whole and before the switch: whoever finds it knows that
   the entries of the new key are all there are (`reconcile`).
+- Two at once do no harm: each write, the hold and the switch are only done while the version that is copied from is
+  current and the key that is copied to is waiting; the slower one ends with TokensChange.
+- A mark whose number is lost (`nameless`) covers nobody under a new key: while one is in force nothing is rotated.
 - The old entries stay in the log until it is cut; they say nothing without their key. The old key stays as long as
   people's secrets are known under it: their months'.
 """
@@ -26,10 +29,11 @@ import orjson
 
 from processors.pipeline import Pipeline
 from processors.screen.suppression import Change, Rule, State, Tokens, fold, parse_key, retokened
-from schemas.errors import KeysUnusable, LogBusy, LogUnusable, TokensChange
+from schemas.errors import InputInvalid, KeysUnusable, LogBusy, LogUnusable, TokensChange
 from streams.deployment import Deployment
 from streams.keys import reveal
-from streams.keys.store import TokenKey
+from streams.keys.ledger import Mark
+from streams.keys.store import KeyStore, TokenKey
 from streams.log.protocol import Stored
 from streams.officer.leases import drained, unheard
 from streams.optout import write
@@ -44,6 +48,7 @@ _PASSES: Final = 5
 _UNDECIDED_S: Final = 120.0
 """So long a transaction that somebody left open is waited for; brokers end one after a minute at most."""
 _LOOK_S: Final = 0.05
+_ROTATED: Final = "another process has rotated the token key meanwhile; what it did stands"
 
 _Entry = tuple[bytes, Rule]
 
@@ -67,11 +72,16 @@ class Copied(NamedTuple):
 class Copy:
     """Writes the opt-outs of one token key under another. Memory: as a worker's view, for both keys."""
 
-    def __init__(self, deployment: Deployment, version: int, key: TokenKey) -> None:
-        """Take the version to copy from, whose key is not needed, and the key to copy to."""
+    def __init__(self, deployment: Deployment, version: int, key: TokenKey, *, current: int | None = None) -> None:
+        """Take the version to copy from, whose key is not needed, and the key to copy to.
+
+        `current`: the version that is current meanwhile, if it is not the one to copy from.
+        """
         self._deployment = deployment
         self._log = deployment.log
         self._version = version
+        self._current = version if current is None else current
+        self._changing = False  # as of when the pass under way began
         self._tokens = Tokens(*key)
         self._pipeline = Pipeline(deployment.planner, self._tokens)
         self._revealer = deployment.revealer()
@@ -84,8 +94,10 @@ class Copy:
         """Read on to the end of the stream, and write what the new key's entries lack; durable on return.
 
         `advance` is told of entries written. Raises RevealDenied; KeysUnusable if an entry does not open, for an
-        opt-out would be lost; LogBusy if something before the end stays undecided.
+        opt-out would be lost; LogBusy if something before the end stays undecided; TokensChange if another process
+        got ahead with a rotation.
         """
+        self._changing = self._deployment.store.token_keys().changing
         begins = self._next or await self._log.begin_offsets(STREAM)
         ends = await self._log.end_offsets(STREAM)
         latest: dict[bytes, tuple[int, int]] = {}
@@ -158,11 +170,17 @@ class Copy:
         return changes, widened
 
     async def _write(self, changes: Sequence[Change]) -> None:
-        """Write changes under a key lease of their own."""
+        """Write changes under a key lease of their own, for which another rotation's hold waits.
+
+        What was read before a hold is not written after it. Raises TokensChange.
+        """
         if not changes:
             return
         keys, _ = self._deployment.keys(rotating=True)
         try:
+            found = self._deployment.store.token_keys()
+            if found.current.version != self._current or found.changing is not self._changing:
+                raise TokensChange(_ROTATED)
             await write(self._deployment, self._pipeline, keys, changes, int(time.time()))
         finally:
             keys.close()
@@ -231,6 +249,7 @@ async def rotate_tokens(
     the key lease of a process that does not answer. `on_wait` is told of those.
     """
     store, auditor = deployment.store, deployment.auditor()
+    refuse_nameless(store)
     before = store.token_keys()
     key = store.add_token_key()
     copy = Copy(deployment, before.current.version, key)
@@ -242,15 +261,15 @@ async def rotate_tokens(
         done = await copy.run(advance)
         written, widened = written + done.written, widened + done.widened
     if store.token_keys().current != before.current:
-        raise TokensChange("another process has rotated the token key meanwhile")
+        raise TokensChange(_ROTATED)
     began_s = time.monotonic()
-    await drained(store, store.hold_tokens(), on_wait=on_wait)
+    await drained(store, store.hold_tokens(key.version), on_wait=on_wait)
     # its append also waits for whoever is still writing to the file of a log
     await auditor.write("token_hold", token_version=key.version)
     done = await copy.run(advance)
     retoken_marks(deployment)
     await auditor.write(SWITCH, token_version=key.version, entries=written + done.written)
-    store.switch_tokens()
+    store.switch_tokens(key.version)
     waited_s = time.monotonic() - began_s
     retoken_marks(deployment)
     await auditor.write("token_rotated", token_version=key.version)
@@ -258,7 +277,7 @@ async def rotate_tokens(
 
 
 def retoken_marks(deployment: Deployment) -> None:
-    """Give every restriction and hold of a person the tokens of all token keys; idempotent. Blocks."""
+    """Give every restriction and hold of a person, but the `nameless`, the tokens of all token keys; idempotent."""
     store = deployment.store
     keys = store.token_keys()
     hashes = [Tokens(*key) for key in (keys.current, *keys.others)]
@@ -270,10 +289,35 @@ def retoken_marks(deployment: Deployment) -> None:
                 store.ledger.retoken(mark.id, tokens)
 
 
+def nameless(store: KeyStore) -> list[Mark]:
+    """Return the holds and restrictions in force of people whose number a backup has lost. Blocks.
+
+    They cover who has a token that they have, and get no other, until they are made again.
+    """
+    marks = (*store.ledger.marks("restriction"), *store.ledger.marks("hold"))
+    return [mark for mark in marks if mark.tokens and store.ledger.number_of(mark.id) is None]
+
+
+def refuse_nameless(store: KeyStore) -> None:
+    """Raise InputInvalid, naming them, if there are marks that a new token key would not cover. Blocks."""
+    found = nameless(store)
+    if found:
+        named = ", ".join(f"{mark.kind} {mark.id} (case {mark.reason})" for mark in found)
+        raise InputInvalid(
+            f"the numbers of {named} are lost, so under a new token key they would cover nobody: make each again with"
+            " the same number, case and period, then rotate"
+        )
+
+
 async def drop_old_tokens(deployment: Deployment) -> list[int]:
-    """Destroy the older token keys under which nobody's secret is known any more; return their versions. Blocks."""
+    """Destroy the older token keys under which nobody's secret is known any more; return their versions. Blocks.
+
+    None while a mark is `nameless`: it is found by its old tokens alone.
+    """
     retoken_marks(deployment)
     store = deployment.store
+    if nameless(store):
+        return []
     keys = store.token_keys()
     dropped = []
     for key in keys.others:

@@ -148,8 +148,8 @@ async def rotate(
     """Rotate `root`, `wrapping` and `token`, those of them that are asked for; none: all. Audited. Workers go on.
 
     Nothing that is sealed is sealed anew. Killed half-way, calling again finishes it. Raises RevealDenied to all but
-    the privacy officer, and as `rotate_tokens` and the store do. What the root and wrapping keys of before wrapped opens by no copy of them from then on, so older
-    backups of the store do not open what was moved either.
+    the privacy officer, and as `rotate_tokens` and the store do. What the root and wrapping keys of before wrapped
+    opens by no copy of them from then on, so older backups of the store do not open what was moved either.
     """
     auditor, kms = office(deployment).auditor, deployment.store.kms
     parts = set(parts or PARTS) - (set() if parts or kms.has_root else {"root"})
@@ -172,4 +172,7 @@ async def destroy_due(deployment: Deployment, now_s: int, *, dry: bool) -> reten
     retention.permit(deployment, now_s, dry=dry)
     if not dry:
         await holds.preserve(deployment, now_s=now_s)
-    return await retention.destroy_due(deployment, now_s, dry=dry)
+    died = await retention.destroy_due(deployment, now_s, dry=dry)
+    if not dry and any(died):  # an entry after the destruction tells a restored store that the log knows of it
+        await deployment.auditor().write("destroyed", epochs=died.epochs, persons=died.persons, days=list(died.days))
+    return died

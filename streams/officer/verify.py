@@ -10,10 +10,11 @@ Rules of this file:
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, BinaryIO, Final, Literal, NamedTuple
 
 import msgspec
@@ -32,6 +33,7 @@ from processors.evidence import (
     expected,
     fingerprint,
     is_signed,
+    is_within,
     verifies,
 )
 from schemas.errors import InputInvalid
@@ -85,7 +87,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename={
     """What is signed of a report. `begin`, `end`: offsets of the audit stream, by partition, between which it is."""
 
     v: Literal[1]
-    store: Annotated[str, msgspec.Meta(max_length=200)]
+    store: Annotated[str, msgspec.Meta(pattern="^[0-9A-Za-z_-]{1,64}$")]
     from_: _Instant
     to: _Instant
     made_at: _Instant
@@ -103,10 +105,11 @@ class Signed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Check(NamedTuple):
-    """One check: what it says, and what is wrong (nothing: passed)."""
+    """One check: what it says, what is wrong (nothing: passed), and with the first one what the report is about."""
 
     what: str
     findings: tuple[str, ...] = ()
+    about: Mapping[str, str] = MappingProxyType({})
 
     @property
     def passed(self) -> bool:
@@ -207,7 +210,7 @@ def _public_key(path: Path) -> Ed25519PublicKey:
 
 
 def verify(folder: Path, key_path: Path | None = None, after_path: Path | None = None) -> list[Check]:
-    """Return the checks of a report's folder, passed and failed, in order; the first names the key.
+    """Return the checks of a report's folder, passed and failed, in order; the first names window and key.
 
     `key_path`: the public key as the auditor got it; without it the report's own is taken, which proves only that the
     folder is as whoever made it left it. `after_path`: the checkpoint.json of an earlier report: this one must go on
@@ -250,8 +253,16 @@ class _Report:
             wrong.add("the manifest is not written in the one way there is")
         if signed.manifest.key != fingerprint(self._key):
             wrong.add("the manifest names another key")
+        manifest = signed.manifest
+        if manifest.made_at < manifest.to:
+            wrong.add("the report was made before its window was over: what happened since is not in it")
+        if manifest.to <= manifest.from_:
+            wrong.add("its window holds nothing")
         whose = "" if given else " (the report's own: compare it with one that you got in another way)"
-        return wrong.check(f"the manifest is signed by the key {fingerprint(self._key)}{whose}")
+        about = {"from": manifest.from_, "to": manifest.to, "made_at": manifest.made_at, "store": manifest.store}
+        window = f"{manifest.from_} to {manifest.to}, made at {manifest.made_at}, of key store {manifest.store}"
+        what = f"the manifest ({window}) is signed by the key {fingerprint(self._key)}{whose}"
+        return wrong.check(what)._replace(about=about | {"key": fingerprint(self._key)})
 
     def files(self) -> Check:
         wrong = _Wrong()
@@ -293,6 +304,7 @@ class _Report:
         last = checkpoint_of(_small(self._folder / LAST))
         if last is None or not self._bodies or last.checkpoint != self._bodies[-1] or not verifies(self._key, last):
             chain.add(f"{LAST} is not the last checkpoint")
+        self._ancestry(chain)
         self._bounds(chain)
         return [
             signatures.check(f"{len(self._bodies)} checkpoints are signed by the key"),
@@ -309,13 +321,21 @@ class _Report:
             chain.add(f"line {number}: out of order")
         if body.number > first.number and self._digests.isdisjoint(body.previous):
             chain.add(f"line {number}: names none of those before it")
-        if body.number > first.number or not body.previous:
-            for finding in body.findings:
-                recorded.add(f"{body.at} {finding}")
-            if body.more_findings:
-                recorded.add(f"{body.at} and {body.more_findings} more")
+        for finding in body.findings:
+            recorded.add(f"{body.at} {finding}")
+        if body.more_findings:
+            recorded.add(f"{body.at} and {body.more_findings} more")
         self._bodies.append(body)
         self._digests.add(body.digest)
+
+    def _ancestry(self, chain: _Wrong) -> None:
+        """Look whether the last checkpoint goes back to each: one put beside them would say nothing of the entries."""
+        named = {self._bodies[-1].digest} if self._bodies else set()
+        for body in reversed(self._bodies):
+            if body.digest in named:
+                named.update(body.previous)
+            else:
+                chain.add(f"checkpoint {body.number} of {body.at}: the last one does not go back to it")
 
     def _bounds(self, chain: _Wrong) -> None:
         """Look at where the report begins and ends."""
@@ -323,7 +343,7 @@ class _Report:
         if not self._bodies:
             return
         last = self._bodies[-1]
-        if last.upto != manifest.end or last.at < min(manifest.to, manifest.made_at):
+        if last.upto != manifest.end or last.at < manifest.to:
             chain.add("the last checkpoint does not cover the end of the report")
         if any(manifest.begin):
             starts = [body for body in self._bodies if body.upto == manifest.begin]
@@ -336,7 +356,7 @@ class _Report:
         manifest = self._manifest
         places, sums = _Wrong(), _Wrong()
         wanted = expected(self._bodies, manifest.begin)
-        chains = Chains(manifest.begin, wanted.wanted, wanted.known)
+        chains = Chains(manifest.begin, wanted.wanted, wanted.known, wanted.covering)
         made = {name: sha256() for name in (DESTRUCTIONS, RETENTION)}
         tally = Tally(manifest.from_, manifest.to, made[DESTRUCTIONS].update, made[RETENTION].update)
         before = (0, -1)
@@ -374,7 +394,7 @@ class _Report:
         return partition < min(len(begin), len(end)) and begin[partition] <= offset < end[partition]
 
     def after(self, document: bytes) -> Check:
-        """Look whether the report goes on from an earlier checkpoint."""
+        """Look whether the report goes on from an earlier checkpoint: names it, and has all the entries it covers."""
         what = "the report goes on from the earlier checkpoint"
         found = checkpoint_of(document)
         if found is None or not verifies(self._key, found):
@@ -382,8 +402,13 @@ class _Report:
         body = found.checkpoint
         if body.store != self._manifest.store:
             return Check(what, ("the earlier checkpoint is of another deployment",))
-        if body.digest in self._digests:
+        if not self._bodies:
+            return Check(what, ("the report has no checkpoints",))
+        known = body.digest in self._digests
+        if known and is_within(body, self._manifest.begin):  # then its heads and its count were looked for
             return Check(what)
-        if self._bodies and body.number < self._bodies[0].number:
-            return Check(what, (f"the report begins after it; ask for one from {body.at}",))
+        if known or body.number < self._bodies[0].number:
+            return Check(what, (f"the report begins after what it covers; ask for a report from {body.at}",))
+        if body.number > self._bodies[-1].number:
+            return Check(what, ("the checkpoint is newer than this report: verify a later report with it",))
         return Check(what, ("the log does not have it any more: it was rolled back, or its past was written anew",))

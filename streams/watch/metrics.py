@@ -398,6 +398,11 @@ class _CountedKms:
         with self._counted("names"):
             return self._of.names()
 
+    def last_destroyed(self, day: str) -> int:
+        """Return the highest generation of a day that was destroyed."""
+        with self._counted("last_destroyed"):
+            return self._of.last_destroyed(day)
+
     def rotate_root(self) -> None:
         """Replace what the KEKs are wrapped by."""
         with self._counted("rotate_root"):

@@ -71,7 +71,7 @@ class Worker:
         self._on_wait = on_wait
         self._watch = watch or Watch()
         self._refresh = refresh
-        self._settled = False  # whether the pipeline is that of the current token key, as of the last renewal
+        self._settled_at: int | None = None  # the destruction sequence at which the pipeline was that of the token key
         self._margin_s = margin_s
         self._tail = SuppressionTail(log, pipeline.tokens.version)
         self._unread = Unread(log, consumer)
@@ -132,16 +132,19 @@ class Worker:
         return batch is not None
 
     def _renew(self) -> None:
-        """Keep the lease, and the pipeline that of the current token key. Raises TokensChange during a rotation."""
+        """Keep the lease, and the pipeline that of the current token key. Raises TokensChange during a rotation.
+
+        A renewal that failed half-way may have taken note of a rotation: what counts is the sequence of the lease.
+        """
         if self._lease.due():
-            self._settled = not self._lease.renew() and self._settled
+            self._lease.renew()
             self._watch.reached(Moment.LEASE_RENEWED)
-        if not self._settled:
+        if self._settled_at != self._lease.sequence:
             pipeline = self._refresh()
             if pipeline is not self._pipeline:  # its entries have been read beside those of the key before
                 self._pipeline = pipeline
                 self._tail.follow(pipeline.tokens.version)
-            self._settled = True
+            self._settled_at = self._lease.sequence
 
     async def _catch_up(self) -> None:
         """Read `suppressions` to its high watermark. Raises Retriable if that cannot be done now."""

@@ -7,11 +7,11 @@ from itertools import count
 import pytest
 
 from processors.keyring import EpochRef, Needs, PersonSecret
-from schemas.errors import KeysFull, KeysUnusable, KmsRefuses, KmsUnavailable
+from schemas.errors import KeysBusy, KeysFull, KeysUnusable, KmsRefuses, KmsUnavailable, TokensChange
 from schemas.fields import PLATFORM
 from schemas.sealed import KeyId
 from streams.keys.kms_local import LocalKms
-from streams.keys.ledger import Mark
+from streams.keys.ledger import AT_WILL, Mark
 from streams.keys.sql import SEAL_BLOCK, SqlKeyStore
 from streams.keys.store import NEVER, Buried, Destroyed, Gone
 from tests.support.keys import (
@@ -480,6 +480,78 @@ def test_a_day_that_was_buried_before_its_time_begins_anew_under_another_kek(dep
     assert store.kms.names() == [f"{TODAY}.3", NEVER]
 
 
+def test_a_day_begins_after_all_of_it_that_the_service_destroyed(deployment):
+    # Given a store that a backup brought back: the service destroyed generations that it never heard of
+    store, other = deployment.open(), deployment.open()
+    for day in (LATER_DAY, NEVER, AT_WILL):
+        for name in (day, f"{day}.2"):
+            store.kms.wrap(name, b"of the store that there was")
+    for day in (LATER_DAY, AT_WILL):
+        store.kms.destroy(day)
+    # Then people, epochs and secrets of that day go on
+    made = store.fetch(Needs({PII: (LATER, 1)}, persons([person(1)]).persons), NOW)
+    store.put_secret("name", b"value", AT_WILL)
+    again = other.fetch(Needs({PII: (LATER, 1)}, persons([person(1)]).persons), NOW)
+    assert (again.epochs, again.persons, other.secret("name")) == (made.epochs, made.persons, b"value")
+    keks = [kek for (kek,) in deployment.run("SELECT kek FROM wrapping_keys ORDER BY kek")]
+    assert keks == [f"{LATER_DAY}.0002", f"{AT_WILL}.0002", f"{NEVER.ljust(10)}.0001"]
+
+
+@pytest.mark.parametrize("needs", [persons([person(1)], MIDNIGHT), epoch(PII, MIDNIGHT)], ids=["person", "epoch"])
+@pytest.mark.parametrize("at", ["wrap", "_begin_day"])
+def test_a_day_that_is_buried_while_it_is_begun_begins_after_that(deployment, monkeypatch, needs, at):
+    store, other = deployment.open(), deployment.open()
+    owner = store.kms if at == "wrap" else store
+    real, buried = getattr(owner, at), []
+
+    def then_buried(*args):
+        done = real(*args)
+        if not buried:  # nobody waits for us meanwhile
+            buried.append(other.bury_day(TODAY, MIDNIGHT))
+        return done
+
+    monkeypatch.setattr(owner, at, then_buried)
+    made = store.fetch(needs, NOW)
+    assert (buried, store.kms.names()) == ([Buried(0, 0)], [f"{TODAY}.2", NEVER])
+    again = deployment.open().fetch(needs, NOW)
+    assert (again.epochs, again.persons) == (made.epochs, made.persons)
+    assert again.epochs or again.persons
+
+
+def test_a_day_that_is_buried_whenever_it_is_begun_is_busy(deployment, monkeypatch):
+    store, other = deployment.open(), deployment.open()
+    real = store._begin_day
+    monkeypatch.setattr(store, "_begin_day", lambda day: (real(day), other.bury_day(TODAY, MIDNIGHT)))
+    with pytest.raises(KeysBusy, match="buries"):
+        store.fetch(persons([person(1)], MIDNIGHT), NOW)
+
+
+def test_who_comes_while_a_day_is_buried_is_buried_with_it(deployment, monkeypatch):
+    store, other = deployment.open(), deployment.open()
+    a_full_store(store)
+    real, came = store._bury_persons, []
+
+    def then_somebody_comes(day):
+        count = real(day)
+        if not came:
+            came.extend(other.fetch(persons([person(77, "a3")], MIDNIGHT), NOW).persons.values())
+        return count
+
+    monkeypatch.setattr(store, "_bury_persons", then_somebody_comes)
+    assert store.bury_day(TODAY, MIDNIGHT) == Buried(2, 31)
+    for one in (other, deployment.open()):
+        assert one.open_persons([came[0].sid], NOW) == {came[0].sid: Gone.ABSENT}
+        assert one.fetch(persons([person(77, "a3")], MIDNIGHT), NOW).persons[person(77, "a3")].sid != came[0].sid
+    assert store.kms.names() == [f"{TODAY}.2", LATER_DAY, NEVER]
+
+
+def test_the_time_is_that_of_the_store(deployment):
+    store = deployment.open()
+    before = store.now_s()
+    deployment.elapse(1.5)
+    assert 1.5 <= store.now_s() - before < 60
+
+
 # --- re-wrap ------------------------------------------------------------------------------------------------
 
 
@@ -529,8 +601,8 @@ def test_a_rewrap_killed_at_any_point_is_finished_by_calling_again(deployment, m
         assert everything(store) == everything(deployment.open()) == before
         store.fetch(persons([person(step, "a3")]), NOW)
         before = everything(store)
-        while store.stale_days():
-            store.rewrap(LATER_DAY)
+        store.rewrap(LATER_DAY)
+        assert store.stale_days() == {}
         store = deployment.open()
         assert len([name for name in store.kms.names() if name.startswith(LATER_DAY)]) == 1
         assert everything(store) == before
@@ -625,14 +697,49 @@ def test_a_day_is_stale_from_a_destruction_before_its_day_until_it_is_rewrapped(
     assert store.stale_days() == {}
 
 
+def test_a_rewrap_that_finishes_another_covers_what_was_destroyed_since(deployment, monkeypatch):
+    # Given a re-wrap that was killed before the KEK of before was destroyed, and a destruction after it
+    store, victim = deployment.open(), deployment.open()
+    a_full_store(store)
+    store.destroy_persons("a2", token(1))
+
+    def killed(_):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(victim.kms, "destroy", killed)
+        victim.rewrap(LATER_DAY)
+    assert store.kms.names() == [TODAY, LATER_DAY, f"{LATER_DAY}.2", NEVER]
+    store.destroy_persons("a2", token(2))
+    # When the day is re-wrapped once
+    assert store.rewrap(LATER_DAY) == 29
+    # Then no generation is left under which either ever was
+    assert (store.kms.names(), store.stale_days()) == ([TODAY, f"{LATER_DAY}.3", NEVER], {})
+
+
+def test_a_generation_that_rows_are_still_under_does_not_go(deployment, monkeypatch):
+    store = deployment.open()
+    a_full_store(store)
+    before = everything(store)
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_move_persons", lambda moves: None)
+        patch.setattr(store, "_persons_under", lambda keks: iter(()))
+        with pytest.raises(KeysBusy, match="re-wrap again"):
+            store.rewrap(LATER_DAY)
+    assert everything(deployment.open()) == before
+    assert store.rewrap(LATER_DAY) == 30  # the epoch is there already
+    assert everything(deployment.open()) == before
+    assert store.kms.names() == [TODAY, f"{LATER_DAY}.2", NEVER]
+
+
 def test_a_destruction_after_a_row_was_moved_keeps_its_day_stale(deployment, monkeypatch):
     store, other = deployment.open(), deployment.open()
     a_full_store(store)
-    read = store._persons_under
+    read, people = store._persons_under, iter((3, 4))
 
     def then_erased(keks):
         yield from read(keks)
-        other.destroy_persons("a2", token(3))  # the row is under the new generation by now
+        other.destroy_persons("a2", token(next(people)))  # the row is under the new generation by now
 
     monkeypatch.setattr(store, "_persons_under", then_erased)
     store.rewrap(LATER_DAY)
@@ -707,19 +814,42 @@ def test_the_restricted_are_those_of_a_mark_in_force_of_the_secret_s_owner(deplo
 def test_a_token_rotation_adds_holds_switches_and_each_step_is_idempotent(deployment):
     store, other = deployment.open(), deployment.open()
     first = store.token_keys().current
-    with pytest.raises(ValueError):
-        store.hold_tokens()
-    assert store.switch_tokens() == 0
+    for version in (1, 2):
+        with pytest.raises(TokensChange):
+            store.hold_tokens(version)
+    assert store.switch_tokens(1) == 0
     added = store.add_token_key()
     assert (added.version, len(added.key), other.add_token_key()) == (2, 32, added)
     assert other.token_keys() == (first, (added,), False)
     assert store.sequence() == 0
-    assert store.hold_tokens() == other.hold_tokens() == 1 == store.kms.counter()
+    with pytest.raises(TokensChange):
+        store.switch_tokens(2)  # nobody was made to wait
+    assert store.hold_tokens(2) == other.hold_tokens(2) == 1 == store.kms.counter()
     assert other.token_keys() == (first, (added,), True)
-    assert store.switch_tokens() == other.switch_tokens() == 2 == store.kms.counter()
+    assert store.switch_tokens(2) == other.switch_tokens(2) == 2 == store.kms.counter()
     assert other.token_keys() == deployment.open().token_keys() == (added, (first,), False)
     third = store.add_token_key()
     assert (third.version, third.key not in (first.key, added.key)) == (3, True)
+
+
+def test_whoever_was_overtaken_by_another_rotation_neither_holds_nor_switches(deployment):
+    store = deployment.open()
+    store.add_token_key()
+    store.hold_tokens(2)
+    store.switch_tokens(2)
+    store.add_token_key()
+    for late in (store.hold_tokens, store.switch_tokens):
+        with pytest.raises(TokensChange):
+            late(1)
+    with pytest.raises(TokensChange):
+        store.hold_tokens(2)
+    assert store.switch_tokens(2) == 2
+    assert not store.token_keys().changing
+    store.hold_tokens(3)
+    for late in (store.hold_tokens, store.switch_tokens):
+        with pytest.raises(TokensChange):
+            late(1)
+    assert store.token_keys().current.version == 2
 
 
 def test_an_older_token_key_is_destroyed_when_nobody_is_known_under_it(deployment):
@@ -729,8 +859,8 @@ def test_an_older_token_key_is_destroyed_when_nobody_is_known_under_it(deploymen
     for version in (1, 2, 3):
         with pytest.raises(ValueError, match="not an older"):
             store.destroy_token_key(version)
-    store.hold_tokens()
-    store.switch_tokens()
+    store.hold_tokens(2)
+    store.switch_tokens(2)
     store.fetch(persons([person(2)]), NOW)
     with pytest.raises(ValueError, match="still known"):
         store.destroy_token_key(1)
@@ -748,8 +878,8 @@ def test_an_erased_person_does_not_keep_a_token_key(deployment):
     store = deployment.open()
     store.fetch(persons([person(1), person(2)]), NOW)
     store.add_token_key()
-    store.hold_tokens()
-    store.switch_tokens()
+    store.hold_tokens(2)
+    store.switch_tokens(2)
     store.destroy_persons(PLATFORM, token(1) + token(2))
     store.destroy_token_key(1)
     assert store.token_keys().others == ()

@@ -183,6 +183,20 @@ def test_a_generation_before_one_that_was_destroyed_is_not_made_any_more(service
     assert kms.names() == [f"{DAY}.4"]
 
 
+def test_the_service_tells_up_to_which_generation_a_day_was_destroyed(services, store_id):
+    kms = services.create(store_id)
+    for name in (DAY, f"{DAY}.2", f"{DAY}.3", NEVER, f"{NEVER}.2"):
+        kms.wrap(name, KEY)
+    kms.destroy(DAY)
+    kms.destroy(f"{DAY}.2")
+    kms.destroy(NEVER)
+    kms.destroy(f"{NEXT}.10")  # before it was ever made
+    found = [services.open(store_id).last_destroyed(day) for day in (DAY, NEXT, NEVER, "2027-01-17")]
+    assert found == [2, 10, 1, 0]
+    kms.destroy(DAY)
+    assert kms.last_destroyed(DAY) == 2
+
+
 def test_destroying_twice_and_what_never_was_is_the_same_as_once(services, store_id):
     kms = services.create(store_id)
     kms.wrap(NEXT, KEY)

@@ -14,8 +14,8 @@ from schemas.errors import LogBusy
 from schemas.fields import PLATFORM
 from schemas.outbound import Message, Output
 from streams.keys.audit import Auditor
-from streams.officer.access import PERSONAL, Finder, Report
-from streams.officer.office import office
+from streams.officer.access import PERSONAL, Report
+from streams.officer.office import Finder, office
 from tests.support.commands import SHORT_LEASE, Place, ago, one_line
 from tests.support.records import DEFAULT_POLICY, OTHER, PERSON, preference, reply, sms_cdr, sms_request, voice_cdr
 from tests.support.records import account as account_of
@@ -128,6 +128,41 @@ def test_each_of_two_people_is_shown_their_own_and_what_both_know(full):
     assert mirrored["v2"]["withheld"] == called["withheld"]
 
 
+@pytest.mark.parametrize(
+    "spelled",
+    [OTHER, OTHER[1:], OTHER[2:], f"({OTHER[2:5]}) 555-{OTHER[-4:]}", f"call {OTHER[2:5]}.555{OTHER[-4:]} back"],
+)
+def test_an_attribute_that_names_the_other_party_is_withheld_in_any_spelling(place, spelled):
+    # Given a call with what somebody noted about it, in a value and in a name
+    assert Finder(OTHER).found(spelled)
+    attributes = {"note": spelled, "of": "the day", OTHER: "x"}
+    place.publish(
+        voice_cdr(record_id="v1", sender=OTHER, attributes=attributes, occurred_at=ago()),
+        sms_cdr(record_id="s1", attributes=attributes, occurred_at=ago()),
+    )
+    assert place.work() == 2
+    # Then the person is shown the rest, and told what is withheld
+    records = by_id(access(place)["record"])
+    assert records["v1"]["fields"]["attributes"] == {"of": "the day"}
+    assert records["v1"]["withheld"] == ["attributes", "attributes.note", "sender"]
+    # and where nobody else is in the record, all of it
+    assert records["s1"]["fields"]["attributes"] == attributes
+    # and a correction is looked at like the record
+    given = json.dumps({"attributes": {"later": spelled, "kept": "yes"}}).encode()
+    done = place.call("subject", "rectify", PERSON, "--reason", "C", "--correction", place.file(given))
+    assert done.status == 0, done.err
+    assert by_id(access(place)["record"])["v1"]["corrections"] == [{"attributes": {"kept": "yes"}}]
+
+
+def test_where_the_other_partys_number_is_gone_no_attribute_that_may_be_one_is_shown(place):
+    attributes = {"note": "call (415) 555-0102", "of": "2026"}
+    place.publish(voice_cdr(record_id="v1", sender=OTHER, attributes=attributes, occurred_at=ago()))
+    assert place.work() == 1
+    assert place.call("subject", "erase", OTHER, "--reason", "CASE-1").status == 0
+    (record,) = access(place)["record"]
+    assert record["fields"]["attributes"] == {"of": "2026"}
+
+
 def test_what_accounts_hold_is_counted_and_handed_on_to_them(full):
     # Given a request that came yesterday
     done = full.call("subject", "access", PERSON, "--reason", "CASE-1", "--json", "--received", ago(3600))
@@ -151,7 +186,7 @@ def test_the_report_for_an_account_holds_that_accounts_data_and_no_other(full):
     texts = [one["fields"]["content"] for one in found["record"]]
     assert sorted(texts) == ["Your parcel is here", "stop it", "stop it"]
     assert not {"opt_out", "quarantined", "account", "hold"} & set(found)
-    assert access(full, "--account", "nobody-here")["summary"][0]["nothing_is_held"] is True
+    assert access(full, "--account", "bank", number=STRANGER)["summary"][0]["nothing_is_held"] is True
 
 
 def test_what_an_agreement_has_the_platform_control_is_in_its_own_report(place):
@@ -299,6 +334,34 @@ def test_who_opened_the_data_in_the_past_12_months_is_told(full):
     assert "CASE-1" in {one["reason"] for one in access(full)["reveal"]}
 
 
+def test_what_is_no_audit_entry_stops_no_report_and_is_counted_if_it_names_the_person(full):
+    # Given what was written to audit past this program, with the sids of the person in it or not
+    full.tail("cdr.pii", "--reveal", "--reason", "FRAUD-9")
+    entry = audit(full)[-1]
+    access(full)
+    (sid,) = next(one["sids"] for one in audit(full) if one["action"] == "access")
+    wrong = [
+        b"no entry " + sid.encode(),
+        json.dumps([sid]).encode(),
+        json.dumps({"sids": [sid]}).encode(),
+        json.dumps({**entry, "at": 5}).encode(),
+        json.dumps({**entry, "sids": 7, "why": sid}).encode(),
+        json.dumps({**entry, "sids": [[sid]]}).encode(),
+        b"\xff not json and of nobody",
+    ]
+
+    async def write(deployment):
+        now_ms = int(time.time()) * 1000
+        await deployment.log.append([Output("audit", 0, [Message(now_ms, None, (), one) for one in wrong])])
+
+    full.within(write)
+    # Then
+    found = access(full, number=PERSON)
+    assert {one["reason"] for one in found["reveal"]} >= {"FRAUD-9"}
+    counted = {one["stream"]: (one["reason"], one["records"]) for one in found["not_searched"]}
+    assert counted["audit"] == ("corrupt", 6)
+
+
 def test_what_was_opened_longer_ago_than_12_months_is_not_told(full):
     full.tail("cdr.pii", "--reveal", "--reason", "FRAUD-9")
     begin_s = int(time.time())
@@ -325,8 +388,8 @@ def test_somebody_known_under_an_older_token_key_is_found(full):
     async def rotate(deployment):
         store = deployment.store
         store.add_token_key()
-        store.hold_tokens()
-        store.switch_tokens()
+        store.hold_tokens(2)
+        store.switch_tokens(2)
 
     full.within(rotate)
     assert len(access(full)["record"]) == 5

@@ -373,6 +373,32 @@ def test_a_log_rolled_back_to_before_a_checkpoint_is_seen_by_the_next_one(place)
     assert codes(checkpoint(place)) == []
 
 
+def test_the_beginning_of_a_chain_cannot_be_taken_out_before_the_next_checkpoint(place):
+    """Its head is in the key store and its last entry in the log; the checkpoint before knows nothing of it."""
+    write(place, "one")
+    checkpoint(place)
+    before = len(place.stored("audit"))
+    write(place, "many", "many", "many")
+    edit_audit(place, lambda values: [*values[:before], *values[before + 2 :]])
+    assert codes(checkpoint(place)) == [Code.MISSING]
+    write(place, "five")
+    assert codes(checkpoint(place)) == []
+
+
+def test_a_process_that_opened_nothing_for_several_checkpoints_goes_on_without_a_finding(place):
+    async def inside(deployment):
+        made, one = [], auditor(deployment)
+        await one.write("one")
+        for name in ("two", "three", "four"):
+            await auditor(deployment).write(name)
+            made.append(await evidence.checkpoint(deployment))
+        await one.write("two")
+        made.append(await evidence.checkpoint(deployment))
+        return [code for each in made for code in codes(each)]
+
+    assert place.within(inside) == []
+
+
 def test_an_emptied_audit_is_seen(place):
     write(place, "one")
     checkpoint(place)

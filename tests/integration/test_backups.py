@@ -12,9 +12,10 @@ import pytest
 
 from processors.keyring import EpochRef
 from processors.screen.suppression import Tokens
-from schemas.errors import KmsRefuses
+from schemas.errors import KeysUnusable, KmsRefuses
 from schemas.fields import PLATFORM
 from schemas.sealed import KeyId
+from streams.keys.kms_local import LocalKms
 from streams.officer import holds, offboard
 from streams.officer.erase import erase
 from streams.officer.office import office
@@ -259,7 +260,7 @@ def held(place, number, reason="CASE-7"):
 def released(place):
     async def release(deployment):
         desk = office(deployment)
-        return await holds.release_person(desk, desk.person(PERSON), PLATFORM, "CASE-8", None)
+        return await holds.release_person(desk, desk.person(PERSON), PLATFORM, "CASE-7", None)
 
     return place.within(release)
 
@@ -327,7 +328,176 @@ def test_what_was_made_and_ended_since_is_told_and_ended(place):
     assert place.within(kept) == ([], ["leaves"])
 
 
+def restricted(place, number, reason):
+    async def restricts(deployment):
+        return await restrict(office(deployment), number, None, reason, int(time.time()))
+
+    return place.within(restricts)
+
+
+def under_restriction(place, number):
+    async def asks(deployment):
+        return len(deployment.store.restricted(known(deployment.store, number)))
+
+    return place.within(asks)
+
+
+def test_a_restriction_whose_number_is_lost_stays_in_force_and_is_to_be_made_again_before_a_rotation(place):
+    # Given a restriction, and a backup from before all that people end was re-wrapped
+    assert restricted(place, OTHER, "CASE-2").marks == 1
+    assert held(place, PERSON).records == 1
+    copy = backup(place)
+    assert released(place) == 1
+    restore(place, copy)
+    # When
+    done = place.call("keys", "reconcile")
+    # Then
+    assert done.status == 0, done.err
+    assert "1 holds and restrictions ended" in done.out  # the one that was released
+    assert "CASE-2, is in force, but its number is lost: make it again" in done.err
+    assert under_restriction(place, OTHER) == 1
+    assert "case CASE-2" in one_line(place.call("keys", "rotate", "token"))
+    # and again says the same
+    assert [one["reason"] for one in reconciled(place)["nameless"]] == ["CASE-2"]
+    # When it is made again
+    assert restricted(place, OTHER, "CASE-2").marks == 0
+    assert reconciled(place)["nameless"] == []
+    (sid,) = around(place, lambda store: known(store, OTHER))
+    assert place.call("keys", "rotate", "token").status == 0
+    assert around(place, lambda store: store.restricted([sid])) == {sid}
+    # and a later communication, under a new secret, is restricted too
+    place.publish(sms_cdr(record_id="c-9", recipient=OTHER, occurred_at=ago()))
+    assert place.work() == 1
+    assert under_restriction(place, OTHER) == 1
+
+
+def test_holds_whose_copies_are_lost_go_on_and_copy_anew_what_lives(place):
+    # Given holds of an account and of a person, and a backup from before their copies were re-wrapped
+    async def hold_account(deployment):
+        return await holds.hold_account(office(deployment), "acme", "CASE-5", (None, None), nothing)
+
+    assert place.within(hold_account).records == 6
+    assert held(place, OTHER, "CASE-9").records == 1
+    assert held(place, PERSON).records == 1
+    copy = backup(place)
+    assert released(place) == 1
+    restore(place, copy)
+    # When what is lost is given up
+    done = reconciled(place, "--yes")
+    # Then both stay in force, as others that are told, and the next run copies what they cover
+    assert len(done["successors"]) == 2
+    assert [one["reason"] for one in done["nameless"]] == ["CASE-9"]
+
+    async def in_force(deployment):
+        return sorted((mark.reason, mark.id) for mark in deployment.store.ledger.marks("hold"))
+
+    marks = place.within(in_force)
+    assert [reason for reason, _ in marks] == ["CASE-5", "CASE-9"]
+    assert sorted(done["successors"]) == sorted(mark_id for _, mark_id in marks)
+    assert set(opened(place, "held")) == {"destroyed"}
+    assert place.call("retention", "run").status == 0
+    assert sorted(opened(place, "held"))[-7:] == ["revealed"] * 7
+    # and all of it again does no harm
+    assert reconciled(place)["successors"] == []
+    assert place.within(in_force) == marks
+    entries = [one["value"] for one in place.tail("audit") if one["value"].get("instead_of")]
+    assert sorted(one["hold"] for one in entries) == sorted(done["successors"])
+
+
+def test_killed_between_a_hold_and_its_successor_neither_is_lost(place, monkeypatch):
+    assert held(place, OTHER, "CASE-9").records == held(place, PERSON).records == 1
+    copy = backup(place)
+    assert released(place) == 1
+    restore(place, copy)
+
+    async def broken(deployment):
+        def killed(*_):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(deployment.store.ledger, "end_mark", killed)
+        with pytest.raises(KeyboardInterrupt):
+            await reconcile(deployment, int(time.time()), incomplete=True)
+
+    for _ in range(2):
+        place.within(broken, create=False, outdated=True)
+    (successor,) = reconciled(place, "--yes")["successors"]
+
+    async def in_force(deployment):
+        return [mark.id for mark in deployment.store.ledger.marks("hold")]
+
+    assert place.within(in_force) == [successor]
+
+
+def test_what_is_given_up_is_named_for_nothing_is_sealed_under_it_again(place):
+    # Given a backup from before the re-wrap of the month's day
+    copy = backup(place)
+    erased(place, PERSON)
+    assert place.call("retention", "run", "--rewrap").status == 0
+    restore(place, copy)
+    # When
+    done = place.call("keys", "reconcile", "--yes")
+    # Then
+    assert done.status == 0, done.err
+    assert f"given up: pii/{time.strftime('%Y-%m', time.gmtime())}. " in done.err
+    place.publish(sms_cdr(record_id="c-9", recipient=OTHER, content="later", occurred_at=ago()))
+    assert place.work() == 1
+    assert states(place) == []
+
+
 # --- what is not enough to go by ---------------------------------------------------------------------------------
+
+
+def offboarded(place):
+    assert place.call("account", "offboard", "acme", "--terminated", ago()).status == 0
+
+
+def destroyed_due(place):
+    ahead = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + 60 * 86_400))
+    assert place.call("keys", "destroy-due", "--now", ahead, "--yes").status == 0
+
+
+def unrestricted(place):
+    async def ends(deployment):
+        desk = office(deployment)
+        await restrict(desk, OTHER, None, "CASE-2", int(time.time()))
+        await unrestrict(desk, OTHER, None, "CASE-3", int(time.time()))
+
+    place.within(ends)
+
+
+@pytest.mark.parametrize(
+    "destroys", [lambda place: erased(place, PERSON), offboarded, destroyed_due, unrestricted], ids=str
+)
+def test_a_whole_log_is_known_as_whole_whatever_was_destroyed_last(place, destroys):
+    copy = backup(place)
+    destroys(place)
+    restore(place, copy)
+    refused(place)
+    reconciled(place)
+
+
+def test_a_lost_counter_is_taken_from_the_audit_stream_on_the_operators_word(place):
+    copy = backup(place)
+    erased(place, PERSON)
+    (counter,) = (place.folder / "streamveil-kms").glob("*.counter")
+    counter.unlink()
+    # Nothing opens, and no key is destroyed: a new counter would forget what was
+    assert "counter" in one_line(place.call("keys", "status"))
+    (kek, *_) = (place.folder / "streamveil-kms").glob("*.kek")
+    kms = LocalKms.open(counter.parent, counter.name.split(".")[0])
+    with pytest.raises(KeysUnusable, match="counter is lost"):
+        kms.destroy(kek.name.split(".", 1)[1].removesuffix(".kek"))
+    assert kek.exists()
+    assert not counter.exists()
+    restore(place, copy)
+    line = one_line(place.call("keys", "reconcile"))
+    assert "nothing was done; restore the counter, or go on with what the stream names: --yes" in line
+    assert not counter.exists()
+    # When
+    assert reconciled(place, "--yes")["sids"] == 1
+    # Then
+    assert states(place) == sorted([OTHER, THIRD])
+    assert place.call("keys", "status").status == 0
 
 
 def test_a_log_that_was_brought_back_too_does_not_tell_what_was_destroyed(place):

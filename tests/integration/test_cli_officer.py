@@ -230,7 +230,8 @@ def test_an_account_that_the_policy_does_not_serve_is_no_scope(call, tmp_path):
 
 def test_a_number_is_read_from_standard_input(call, url):
     line = [sys.executable, "-m", "streams.cli", "optout", "add", "-", "--log", url]
-    done = subprocess.run(line, input=PERSON.encode() + b"\nrest\n", capture_output=True, check=False, timeout=60)
+    given = b"\xef\xbb\xbf" + PERSON.encode() + b"\n\n"
+    done = subprocess.run(line, input=given, capture_output=True, check=False, timeout=60)
     assert (done.returncode, done.stderr) == (0, b"")
     assert PERSON.encode()[-7:] not in done.stdout
     assert screen(call, PERSON)["verdict"] == "refused"
@@ -309,8 +310,9 @@ def test_what_is_exported_can_be_imported_elsewhere(call, tmp_path):
     ])  # fmt: skip
     assert sorted(second.read_text().splitlines()) == sorted(rows)
     assert {stat.S_IMODE(path.stat().st_mode) for path in (first, second)} == {0o600}
-    # and the export is in the audit
-    assert [line["value"]["reason"] for line in call("tail", "audit", "--json").out] == ["MOVE-1"]
+    # and the officer's block and the export are in the audit
+    audited = [line["value"] for line in call("tail", "audit", "--json").out]
+    assert [(entry["action"], entry["reason"]) for entry in audited] == [("block", None), ("reveal", "MOVE-1")]
 
 
 def test_a_sender_known_by_its_token_only_goes_back_to_where_it_came_from_and_nowhere_else(call, tmp_path, capsys):
@@ -471,8 +473,10 @@ def test_what_is_replayed_goes_back_as_it_was_and_is_off_the_list(call, url, qua
     assert call("quarantine", "list", "--json").out == []
     # and each opening is in the audit, and the resolutions can be read
     audited = call("tail", "audit", "--json").out
-    assert [line["value"]["reason"] for line in audited] == ["FIXED-1"]
-    assert len(audited[0]["value"]["records"]) == 3
+    assert [line["value"]["action"] for line in audited] == ["reveal", "replay"]
+    for line in audited:
+        assert line["value"]["reason"] == "FIXED-1"
+        assert len(line["value"]["records"]) == 3
     resolved = call("tail", "quarantine", "--from-beginning", "--json", "--reveal", "--reason", "LOOK").out[-1]
     assert resolved["value"]["action"] == "replayed"
     assert resolved["reveal"] == {"state": "revealed", "fields": {}, "withheld": []}

@@ -161,7 +161,7 @@ def test_it_says_until_when_an_older_copy_of_the_key_store_could_open_it(known):
 
 def test_erased_twice_and_never_known_are_acknowledged_with_nothing_destroyed(known):
     assert [erase(known)["erased"] for _ in range(2)] == [1, 0]
-    unknown = erase(known, whom="+14155550166")
+    unknown = known.call("subject", "erase", "+14155550166", "--reason", "CASE-2", "--json").lines[0]
     assert (unknown["erased"], unknown["notify"]) == (0, {})
     assert shown(known) == ["destroyed", "destroyed", "destroyed", "third"]
 
@@ -327,7 +327,7 @@ def test_if_the_key_management_service_fails_on_the_way_it_is_not_acknowledged_a
     code = "from schemas.errors import KmsUnavailable\nfrom streams.keys.kms_local import LocalKms\n"
     code += "def away(*_):\n    raise KmsUnavailable\nLocalKms.raise_counter = away"
     done = known.run("subject", "erase", PERSON, "--reason", "X", sabotage=code)
-    assert "try again" in one_line(done)
+    assert "give the command again" in one_line(done)
     assert done.out == ""
     erase(known)
     assert shown(known) == ["destroyed", "destroyed", "destroyed", "third"]
@@ -390,6 +390,50 @@ def test_what_is_held_of_somebody_they_spoke_to_is_kept_whole_first(known):
     senders = {line["fields"]["record_id"]: line["fields"]["sender"] for line in opened(known, "held")}
     assert senders["new"] == senders["call"] == OTHER
     assert {line["fields"].get("sender") for line in opened(known, "cdr.pii")} == {PERSON, "ACME", None}
+
+
+def test_the_holds_of_others_in_whose_copies_the_number_stays_are_named(known):
+    # Given two people who spoke to each other, one of whom is under hold, and another hold of somebody else
+    held = hold(known, "subject", PERSON)
+    hold(known, "subject", THIRD)
+    before = sorted(str(one) for one in opened(known, "held"))
+    # When the other one is erased
+    done = known.call("subject", "erase", OTHER, "--reason", "CASE-1", "--json")
+    # Then the answer and the audit name that hold and no other, and the copy is as it was
+    assert done.lines[0]["held"] == [{"hold": held, "reason": "COURT-7"}]
+    (entry,) = [entry for entry in known.values("audit") if entry["action"] == "erased"]
+    assert entry["held"] == [held]
+    assert sorted(str(one) for one in opened(known, "held")) == before
+    assert OTHER in "".join(before)
+
+
+def test_the_acknowledgement_says_which_copies_keep_the_number(known):
+    held = hold(known, "subject", PERSON)
+    said = known.call("subject", "erase", OTHER, "--reason", "CASE-1").out
+    assert f"copies under hold {held} (COURT-7)" in said
+    assert "copies under hold" not in known.call("subject", "erase", THIRD, "--reason", "CASE-1").out
+
+
+def test_a_hold_of_a_period_in_which_they_did_not_speak_keeps_nothing_of_them(known):
+    hold(known, "subject", PERSON, "--to", ago(3 * 86_400)[:10])
+    assert erase(known, whom=OTHER)["held"] == []
+
+
+@pytest.mark.parametrize("verb", ["erase", "access", "export", "object", "restrict", "unrestrict", "rectify"])
+def test_an_account_that_there_is_not_is_no_success(known, verb):
+    more = ("--set", "location=x") if verb == "rectify" else ()
+    line = one_line(known.call("subject", verb, PERSON, "--account", "acmee", "--reason", "X", *more))
+    assert "no such account" in line
+    assert "acmee" not in line
+    assert known.ends("audit") == 0
+    assert known.call("subject", "requests", "--all", "--json").lines == []
+
+
+def test_an_account_that_the_policy_lists_needs_no_keys_and_one_with_keys_no_policy(known):
+    known.policy(DEFAULT_POLICY.replace("any = true", "any = false") + '\n[[account]]\nid = "new"\n')
+    assert erase(known, "--account", "new")["erased"] == 0
+    assert erase(known, "--account", "acme")["erased"] == 1
+    one_line(known.call("subject", "erase", PERSON, "--account", "newer", "--reason", "X"))
 
 
 def opened(place, stream):

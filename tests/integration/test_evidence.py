@@ -6,10 +6,13 @@ import re
 import shutil
 import stat
 import time
+from copy import copy
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from processors.evidence import encode
 from schemas.errors import InputInvalid
 from schemas.fields import normalise
 from streams.keys.audit import Auditor
@@ -17,7 +20,7 @@ from streams.keys.ledger import Mark, Request
 from streams.officer import evidence
 from streams.officer.office import office
 from streams.officer.verify import FILES, MANIFEST, verify
-from tests.support.audit import Forger, edit_audit
+from tests.support.audit import Forger, Writer, cut_partition, edit_audit
 from tests.support.commands import SHORT_LEASE, Place, ago, one_line
 from tests.support.records import OTHER, PERSON, sms_cdr, sms_request, voice_cdr
 
@@ -83,6 +86,45 @@ def test_a_report_of_an_untouched_deployment_verifies_with_its_key_and_nothing_e
     assert all(check["passed"] and check["findings"] == [] for check in checks)
 
 
+def test_verify_says_what_the_report_is_about(place):
+    folder = report(place)
+    manifest = read(folder, MANIFEST)["manifest"]
+    assert manifest["from"] == f"{LAST_WEEK}T00:00:00Z"
+    assert manifest["to"] <= manifest["made_at"] < f"{TOMORROW}T00:00:00Z"
+    first = place.call("evidence", "verify", folder).out.splitlines()[0]
+    found = place.call("evidence", "verify", folder, "--json").lines
+    for name in ("from", "to", "made_at", "store", "key"):
+        assert manifest[name] in first
+        assert found[0][name] == manifest[name]
+        assert name not in found[1]
+
+
+def test_the_report_of_a_window_that_is_not_over_says_where_it_ends(place):
+    done = place.call("evidence", "report", "--from", LAST_WEEK, "--to", TOMORROW, "--out", place.folder / "x")
+    assert f"the report ends at {read(place.folder / 'x', MANIFEST)['manifest']['to']}" in done.err
+    past = place.call("evidence", "report", "--from", "2020-01-01", "--to", LAST_WEEK, "--out", place.folder / "y")
+    assert (past.status, past.err) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("fields", "finding"),
+    [
+        ({"to": "2099-01-01T00:00:00Z"}, "before its window was over"),
+        ({"from_": "2099-01-01T00:00:00Z"}, "its window holds nothing"),
+    ],
+)
+def test_a_signed_report_of_a_window_that_it_cannot_be_of_is_found(place, fields, finding):
+    folder = report(place)
+    place.within(Forger.of).say(folder, **fields)
+    assert any(finding in one for all_ in wrong(folder).values() for one in all_)
+
+
+def test_what_a_manifest_says_prints_nothing_but_what_it_may_be(place):
+    folder = report(place)
+    place.within(Forger.of).say(folder, store="x\nok  all is well\x1b[2J")
+    one_line(place.call("evidence", "verify", folder))
+
+
 def test_verify_needs_no_configuration_no_store_and_no_log(place, tmp_path):
     folder, key = report(place), key_of(place)
     elsewhere = tmp_path / "elsewhere"
@@ -114,6 +156,22 @@ def test_by_default_the_folder_is_named_by_the_window(place, monkeypatch):
     assert done.lines[0]["folder"] == f"evidence-{LAST_WEEK}-{TOMORROW}"
     assert done.lines[0]["exceptions"] == {}
     assert wrong(place.folder / f"evidence-{LAST_WEEK}-{TOMORROW}") == {}
+
+
+def test_of_two_reports_into_one_folder_the_first_stays_and_the_other_is_one_line(place, monkeypatch):
+    made = evidence.page
+
+    def meanwhile(shown):
+        (place.folder / "x").mkdir()
+        (place.folder / "x" / "first").touch()
+        return made(shown)
+
+    monkeypatch.setattr(evidence, "page", meanwhile)
+    before = {path.name for path in place.folder.iterdir()}
+    done = place.call("evidence", "report", "--from", LAST_WEEK, "--to", TOMORROW, "--out", place.folder / "x")
+    assert "is there already" in one_line(done)
+    assert {path.name for path in place.folder.iterdir()} - before == {"x"}
+    assert [path.name for path in (place.folder / "x").iterdir()] == ["first"]
 
 
 def test_a_report_that_fails_leaves_nothing_behind(place, monkeypatch):
@@ -448,11 +506,170 @@ def test_an_entry_edited_after_a_checkpoint_had_it_is_found_by_the_report(place)
     assert wrong(folder)
 
 
+def test_what_a_checkpoint_found_is_said_though_it_is_the_first_that_is_left(place):
+    """A partition was emptied, with the checkpoint before in it: the next one begins anew and is all there is."""
+    place.within(evidence.checkpoint)
+    cut_partition(place)
+    made = place.within(evidence.checkpoint)
+    assert (made.checkpoint.number, bool(made.checkpoint.previous)) == (2, True)
+    wanted = [one.code for one in made.checkpoint.findings]
+    assert wanted
+    folder = report(place)
+    assert [one["code"] for one in read(folder, "exceptions.json")["found_by_checkpoints"]] == wanted
+    found = wrong(folder)["no checkpoint has found anything wrong"]
+    assert [one.split()[1].rstrip(":") for one in found] == wanted
+
+
+def test_what_the_first_checkpoint_of_an_emptied_log_found_is_said(place):
+    edit_audit(place, lambda _: [])
+    made = place.within(evidence.checkpoint)
+    assert not any(made.checkpoint.upto)
+    assert made.checkpoint.findings
+    assert "no checkpoint has found anything wrong" in wrong(report(place))
+
+
+def test_many_heads_cut_into_several_checkpoints_are_without_a_fault_wherever_a_report_begins(place, monkeypatch):
+    monkeypatch.setattr(evidence, "MAX_HEADS", 2)
+    now = evidence.time.time
+    kept, since = [], []
+    for hours in range(0, 12, 3):
+        monkeypatch.setattr(evidence.time, "time", lambda hours=hours: now() + hours * 3600)
+        for at in range(5):
+            place.tail("cdr.pii", "--reveal", "--reason", f"H-{hours}-{at}")
+        made = place.within(evidence.checkpoint)
+        (place.folder / f"kept-{hours}").write_bytes(evidence.encode(made))
+        kept.append(place.folder / f"kept-{hours}")
+        since.append(made.checkpoint.at)
+    for name, (file, at) in enumerate(zip(kept, since, strict=True)):
+        folder = report(place, f"report-{name}", at, "2099-01-01")
+        assert len(lines(folder, "checkpoints.ndjson")) > 3
+        assert wrong(folder, None, file) == {}
+
+
+def test_of_checkpoints_that_are_looked_at_only_their_place_is_kept(place):
+    made = place.within(evidence.checkpoint)
+
+    async def seen(deployment):
+        key = (await evidence.signing_key(deployment.store)).public_key()
+        return await evidence._checkpoints(deployment.log, key, 0, None, None)
+
+    ((digest, one),) = place.within(seen).items()
+    assert digest == made.checkpoint.digest
+    assert {type(field) for field in one} == {int, str, tuple}
+
+
+@pytest.mark.parametrize("look_again", [True, False])
+def test_a_checkpoint_that_goes_while_the_report_is_made_stops_it(place, monkeypatch, look_again):
+    look = evidence._checkpoints
+
+    async def then_edit(*args):
+        found = await look(*args)
+        if args[-1] is not None and look_again:
+            return found
+        edit_audit(place, lambda values: [value.replace(b'"checkpoint"', b'"checkpoinT"') for value in values])
+        return found
+
+    monkeypatch.setattr(evidence, "_checkpoints", then_edit)
+    done = place.call("evidence", "report", "--from", LAST_WEEK, "--to", TOMORROW, "--out", place.folder / "x")
+    assert "was taken out of the log" in one_line(done)
+    assert not (place.folder / "x").exists()
+
+
 def test_a_log_that_is_cut_off_is_found_by_the_report(place):
     place.within(evidence.checkpoint)
     edit_audit(place, lambda values: values[:1])
     place.tail("cdr.pii", "--reveal", "--reason", "LATER")
     assert wrong(report(place))
+
+
+# --- a past written anew, by somebody who has the key and the log ------------------------------------------------
+
+
+class Fork:
+    """A log with three openings and a checkpoint, then five that somebody regrets and the checkpoint of an auditor.
+
+    `kept` is what the auditor keeps. In the other past there was one opening, and checkpoints with the same numbers.
+    """
+
+    window = ("2026-11-01T00:00:00Z", "2026-12-01T00:00:00Z")
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.forger = Forger(Ed25519PrivateKey.generate())
+        self.early, self.notes, self.late, self.instead = map(Writer, ("early", "notes", "late", "instead"))
+        self.log = []
+        for day in (1, 2, 3):
+            self.early.write(self.log, f"2026-10-0{day}T00:00:00Z")
+        self.first = self.checkpoint(1, "2026-10-05T00:00:00Z", [], 0, 3, [self.early.head])
+        self.notes.note(self.log, self.first)
+        self.other, noted = list(self.log), copy(self.notes)
+        for day in range(5):
+            self.late.write(self.log, f"2026-10-1{day}T00:00:00Z")
+        self.second = self.checkpoint(2, "2026-10-20T00:00:00Z", [self.first], 3, 9, [self.late.head, self.notes.head])
+        self.notes.note(self.log, self.second)
+        self.kept = folder / "kept.json"
+        self.kept.write_bytes(encode(self.second) + b"\n")
+        self.instead.write(self.other, "2026-10-12T00:00:00Z")
+        self.anew = self.checkpoint(2, "2026-10-20T00:00:00Z", [self.first], 3, 5, [self.instead.head, noted.head])
+        noted.note(self.other, self.anew)
+        self.instead.write(self.other, "2026-11-03T00:00:00Z")
+        self.noted = noted
+
+    def checkpoint(self, number, at, previous, since, upto, heads):
+        return self.forger.checkpoint(number, at, previous, since, upto, upto - since, heads)
+
+    def third(self, previous):
+        heads = [self.instead.head, self.noted.head]
+        return self.checkpoint(3, "2026-12-01T00:00:00Z", previous, 5, 7, heads)
+
+    def report(self, begin, values, checkpoints):
+        return self.forger.report(self.folder / "forged", self.window, begin, values, checkpoints)
+
+
+FORKS = {
+    # name: (what the third checkpoint names, where the report begins, the checkpoints in it; what is wrong)
+    "put beside the others": (["anew"], 5, ["first", "second", "anew"], "does not go back to it"),
+    "named too, and begun after it": (
+        ["anew", "second"],
+        5,
+        ["first", "second", "anew"],
+        "ask for a report from 2026-1",
+    ),
+    "named too, and begun before it": (["anew", "second"], 3, ["first", "second", "anew"], "missing_entry"),
+    "left out": (["anew"], 5, ["first", "anew"], "written anew"),
+}
+
+
+@pytest.mark.parametrize("fork", FORKS)
+def test_a_checkpoint_of_the_past_that_was_does_not_make_the_past_that_was_not_true(tmp_path, fork):
+    named, begin, kept, wanted = FORKS[fork]
+    made = Fork(tmp_path)
+    third = made.third([getattr(made, name) for name in named])
+    folder = made.report(begin, made.other[begin:7], [*(getattr(made, name) for name in kept), third])
+    found = wrong(folder, None, made.kept)
+    assert [one for all_ in found.values() for one in all_ if wanted in one], found
+    assert "SHA-256" not in str(found)
+    assert not any("manifest" in what or "were signed" in what or "signed by" in what for what in found)
+
+
+def test_the_past_that_was_verifies(tmp_path):
+    made = Fork(tmp_path)
+    made.late.write(made.log, "2026-11-03T00:00:00Z")
+    third = made.checkpoint(3, "2026-12-01T00:00:00Z", [made.second], 9, 11, [made.late.head, made.notes.head])
+    folder = made.report(3, made.log[3:11], [made.first, made.second, third])
+    assert wrong(folder, None, made.kept) == {}
+
+
+def test_the_beginning_of_a_chain_cannot_be_dropped_while_its_head_stays(tmp_path):
+    """Nothing before it is known, so only the number of entries that the checkpoint covers tells."""
+    made = Fork(tmp_path)
+    third = made.checkpoint(3, "2026-12-01T00:00:00Z", [made.second], 9, 10, [made.notes.head])
+    folder = made.report(3, made.log[3:10], [made.first, made.second, third])
+    assert wrong(folder, None, made.kept) == {}
+    lines_ = (folder / "audit.ndjson").read_bytes().splitlines(keepends=True)
+    for at in range(1, 5):
+        made.forger.write(folder, "audit.ndjson", b"".join([lines_[0], *lines_[at + 1 :]]))
+        assert ("wrong_count: checkpoint 2",) in wrong(folder, None, made.kept).values()
 
 
 # --- after an earlier report -------------------------------------------------------------------------------------
@@ -530,10 +747,42 @@ def test_a_report_that_begins_after_the_checkpoint_says_from_when_to_ask(place, 
     later = report(place, "later", since, "2099-01-01")
     assert wrong(later) == {}
     ((finding,),) = wrong(later, None, first / "checkpoint.json").values()
-    assert "ask for one from" in finding
+    asked = re.search(r"ask for a report from (\S+)$", finding)[1]
+    asked_for = report(place, "asked-for", asked, "2099-01-01")
+    assert wrong(asked_for, None, first / "checkpoint.json") == {}
+
+
+def test_a_checkpoint_that_is_newer_than_the_report_is_said_to_be_so_and_nobody_is_accused(place):
+    first = report(place, "first")
+    place.tail("cdr.pii", "--reveal", "--reason", "LATER")
+    second = report(place, "second")
+    assert wrong(first, None, second / "checkpoint.json") == {
+        "the report goes on from the earlier checkpoint": (
+            "the checkpoint is newer than this report: verify a later report with it",
+        )
+    }
 
 
 # --- the key -----------------------------------------------------------------------------------------------------
+
+
+def test_the_key_is_made_for_the_privacy_officer_only_and_shown_to_everybody(place):
+    place.configure(roles="roles.toml", **SHORT_LEASE)
+    roles = place.folder / "roles.toml"
+    roles.write_text('[[grant]]\nuser = "somebody"\nrole = "support"\naccounts = ["*"]\n')
+    assert "only the privacy officer" in one_line(place.call("evidence", "key"))
+    assert place.within(_signing) is None
+    roles.unlink()
+    place.configure(**SHORT_LEASE)
+    made = place.call("evidence", "key")
+    assert made.status == 0
+    roles.write_text('[[grant]]\nuser = "somebody"\nrole = "support"\naccounts = ["*"]\n')
+    place.configure(roles="roles.toml", **SHORT_LEASE)
+    assert place.call("evidence", "key").out == made.out
+
+
+async def _signing(deployment):
+    return deployment.store.secret(evidence.SIGNING_KEY)
 
 
 def test_the_key_is_the_same_each_time_and_its_private_half_leaves_the_store_nowhere(place):

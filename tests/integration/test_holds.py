@@ -1,5 +1,6 @@
 """Legal holds, on real files: what is kept, what is not, that nothing dies before, and that release destroys."""
 
+import asyncio
 import os
 import pwd
 import shutil
@@ -12,12 +13,13 @@ import orjson
 import pytest
 
 from processors.keyring import EpochRef
-from schemas.errors import KeysUnusable, StreamveilError
+from schemas.errors import KeysUnusable, KmsUnavailable, StreamveilError
 from schemas.fields import PLATFORM
 from schemas.sealed import KeyId, take_apart
 from streams.config import load
 from streams.keys.ledger import AT_WILL
 from streams.keys.opening import open_store
+from streams.keys.sqlite import SqliteKeyStore
 from streams.keys.store import Gone
 from streams.officer import holds
 from tests.support.commands import SHORT_LEASE, Place, ago, one_line
@@ -68,7 +70,7 @@ def hold_account(place, *more, account="acme", reason="CASE-1"):
     return call(place, "account", "hold", account, "--reason", reason, *more)
 
 
-def release(place, *more, reason="DONE-1"):
+def release(place, *more, reason="CASE-1"):
     return call(place, "subject", "release", PERSON, "--reason", reason, *more)["released"]
 
 
@@ -420,6 +422,44 @@ def test_of_several_holds_it_must_be_said_which(known):
     one_line(known.call("subject", "release", PERSON, "--reason", "DONE-1", "--hold", "abc"))
 
 
+@pytest.mark.parametrize("noun", ["subject", "account"])
+def test_a_release_of_another_case_destroys_nothing_and_names_what_is_in_force(known, noun):
+    # Given the only hold in force
+    whom = PERSON if noun == "subject" else "acme"
+    made = call(known, noun, "hold", whom, "--reason", "CASE-1")["hold"]
+    # When it is released under the reference of another case
+    line = one_line(known.call(noun, "release", whom, "--reason", "CASE-11"))
+    # Then it stands, nothing is noted, and the answer says how to name it
+    assert f"no hold of this case; in force: {made} (CASE-1); name it with --hold" in line
+    assert [mark.id for mark in marks(known)] == [made]
+    assert states(known, "held") == {"revealed"}
+    assert "release" not in {entry["action"] for entry in known.values("audit")}
+    # and named so, it is released under whatever reference
+    assert call(known, noun, "release", whom, "--reason", "CASE-11", "--hold", made)["released"] == 1
+
+
+def test_of_an_accounts_hold_that_is_the_only_one_no_reason_is_needed_and_its_case_is_noted(known):
+    hold_account(known, reason="COURT-8")
+    assert call(known, "account", "release", "acme")["released"] == 1
+    assert [entry["reason"] for entry in known.values("audit") if entry["action"] == "release"] == ["COURT-8"]
+
+
+def test_an_account_that_has_no_keys_but_calls_is_known(known):
+    known.publish(voice_cdr(record_id="calling", recipient=THIRD, sender=OTHER, account_id="callers",
+                            occurred_at=days_ago(1)))  # fmt: skip
+    known.work()
+    assert hold_account(known, account="callers")["records"] == 1
+
+
+@pytest.mark.parametrize("verb", ["hold", "release"])
+def test_an_account_that_there_is_not_is_no_success(known, verb):
+    assert "no such account" in one_line(known.call("account", verb, "acmee"))
+    assert "no such account" in one_line(
+        known.call("subject", verb, PERSON, "--account", "acmee", "--reason", "CASE-1")
+    )
+    assert (marks(known), known.ends("audit")) == ([], 0)
+
+
 def marks(place, *, ended=False):
     async def inside(deployment):
         return deployment.store.ledger.marks("hold", ended=ended)
@@ -462,7 +502,7 @@ def test_no_older_copy_of_the_key_store_opens_a_hold_that_was_released(known):
 def test_one_that_was_killed_is_finished_by_running_it_again(known):
     hold(known)
     code = "import os\nfrom streams.keys.ledger import SqlLedger\nSqlLedger.end_mark = lambda *a, **k: os._exit(9)"
-    assert known.run("subject", "release", PERSON, "--reason", "X", sabotage=code).status == 9
+    assert known.run("subject", "release", PERSON, "--reason", "CASE-1", sabotage=code).status == 9
     assert states(known, "held") == {"destroyed"}
     assert preserve(known).records == 0  # nothing is sealed under a key that is gone
     assert release(known) == 1
@@ -550,3 +590,65 @@ def test_only_the_privacy_officer_may(known):
     for words in (("subject", "hold", PERSON), ("account", "hold", "acme"), ("account", "release", "acme")):
         assert "privacy officer" in one_line(known.call(*words, "--reason", "X"))
     assert known.ends("audit") == 0
+
+
+# --- what came in the way of copying --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [("subject", "hold", PERSON), ("account", "hold", "acme")], ids=("person", "account"))
+def test_what_could_not_be_copied_before_its_day_is_copied_by_a_late_run(known, monkeypatch, words):
+    # Given a hold whose copying failed, and that nothing was done until all it covers is past its day
+    async def away(*_):
+        raise KmsUnavailable
+
+    with monkeypatch.context() as patched:
+        patched.setattr(holds._Copier, "run", away)
+        assert known.call(*words, "--reason", "CASE-1").status == 1
+    assert kept(known) == []
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + 430 * 86_400)
+    monkeypatch.setitem(SqliteKeyStore.open.__func__.__kwdefaults__, "clock", time.time)
+    # When a retention run comes at last
+    done = known.call("retention", "run", "--json")
+    # Then what is held is copied first
+    assert (done.status, done.lines[0]["held"] > 0, done.lines[0]["persons"] > 0) == (0, True, True), done.err
+    assert kept(known) != []
+
+
+def test_what_is_sealed_after_a_rotation_in_the_middle_of_a_run_is_copied_too(tmp_path, monkeypatch):
+    place = Place(tmp_path, lease_s=0.6, key_lease_s=3)
+    place.publish(voice_cdr(record_id="first", recipient=PERSON, sender=OTHER, occurred_at=days_ago(3)))
+    assert place.work() == 1
+    hold(place)
+    find, once = holds._Copier._find_copies, []
+
+    async def slowly(copier):
+        await find(copier)
+        if not once:
+            once.append(copier)
+            await asyncio.to_thread(rotate)
+
+    def rotate():
+        assert place.run("keys", "rotate", "token").status == 0
+        later = voice_cdr(record_id="second", recipient=PERSON, sender=OTHER, occurred_at=days_ago(2))
+        assert place.run("publish", place.file(later)).status == place.run("run", "--until-idle").status == 0
+
+    monkeypatch.setattr(holds._Copier, "_find_copies", slowly)
+    preserve(place)
+    preserve(place)
+    assert {name for _, name in kept(place)} == {"first", "second"}
+    place.close()
+
+
+def test_a_hold_in_force_whose_key_is_gone_stops_every_destruction(known):
+    made = hold(known)
+    known.within(lambda deployment: _done(deployment.store.destroy_epoch(EpochRef("held", "platform", made["hold"]))))
+    known.publish(sms_cdr(record_id="next", recipient=PERSON, occurred_at=ago()))
+    known.work()
+    done = known.call("retention", "run", "--json")
+    assert done.status == 1
+    assert "make the hold again" in done.lines[0]["skipped"][0]["why"]
+
+
+async def _done(_):
+    pass

@@ -117,6 +117,9 @@ def test_a_termination_to_come_is_a_schedule_that_can_be_changed_and_cancelled(p
     assert place.call("account", "offboard", LEAVING, "--cancel").out == f"{LEAVING} stays\n"
     assert offboard(place) == []
     assert place.call("account", "offboard", LEAVING, "--cancel").out == f"{LEAVING} was not leaving\n"
+    assert offboard(place, LEAVING, "--cancel") == [{"account": LEAVING, "cancelled": False}]
+    offboard(place, LEAVING, "--terminated", later)
+    assert offboard(place, LEAVING, "--cancel") == [{"account": LEAVING, "cancelled": True}]
     assert run_at(place, time.time() + 3 * DAY_S, "--rewrap")["offboarded"] == []
 
 
@@ -130,6 +133,20 @@ def test_what_is_sealed_for_an_account_that_left_dies_at_the_next_look(place):
     assert run_at(place, None)["offboarded"] == [LEAVING]
     assert keys(place, LEAVING)["content"] == {"destroyed"}
     assert persons(place, LEAVING) == 0
+
+
+def test_secrets_of_people_that_late_traffic_brings_die_at_the_next_look_whatever_they_sealed(place):
+    offboard(place, LEAVING, "--terminated", instant(int(time.time()) - 30 * DAY_S))
+    run_at(place, None)
+    # When requests come, whose keys are not waited for: they die within a day by themselves
+    place.publish(sms_request(record_id="q2", account_id=LEAVING, recipient=OTHER, occurred_at=ago(0)))
+    assert place.work() == 1
+    assert {"alive"} == keys(place, LEAVING)["transit"]
+    assert persons(place, LEAVING) > 0
+    # Then
+    assert run_at(place, None)["offboarded"] == [LEAVING]
+    assert persons(place, LEAVING) == 0
+    assert run_at(place, None)["offboarded"] == []
 
 
 def test_traffic_of_an_account_that_left_stops_no_worker(place):
@@ -182,6 +199,9 @@ def test_under_a_hold_of_the_account_its_records_are_kept_first(place):
         ("--terminated", "2026-01-01"),
         ("platform", "--terminated", "2026-01-01"),
         ("not an account", "--terminated", "2026-01-01"),
+        ("acmee", "--terminated", "2026-01-01"),
+        ("acmee", "--terminated", "2026-01-01", "--dry"),
+        ("acmee", "--cancel"),
         (LEAVING, "--terminated", "yesterday"),
         (LEAVING, "--terminated", "1969-12-31"),
     ],

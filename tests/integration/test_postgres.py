@@ -431,6 +431,50 @@ def test_two_machines_may_bury_and_rewrap_the_same_day_at_once(postgres_stores):
     assert postgres_stores.run("SELECT count(*) FROM persons") == [(0,)]
 
 
+def test_a_burial_misses_nobody_whom_a_rewrap_moves_meanwhile(postgres_stores, monkeypatch):
+    # Given a month with several pages of people of a day, and somebody who stays
+    store, other = postgres_stores.open(), postgres_stores.open()
+    store.fetch(persons([person(n) for n in range(3000)]), NOW)
+    store.fetch(persons([person(9001)], LATER + 40 * DAY), NOW)
+    monkeypatch.setattr(module, "_PAGES", 8)
+    real, moved = store._pages, []
+
+    def pages(month):
+        for number, some in enumerate(real(month)):
+            yield some
+            if number == 2 and not moved:  # to pages that were cleaned already, or are behind the last
+                moved.append(other.rewrap(LATER_DAY))
+
+    monkeypatch.setattr(store, "_pages", pages)
+    # When the day is buried while it is re-wrapped
+    persons_buried = store.bury_day(LATER_DAY, LATER + 2 * DAY).persons
+    # Then nothing of it is left
+    assert moved[0] > 0
+    assert persons_buried == 3000
+    assert postgres_stores.run("SELECT left(kek, 10), count(*) FROM persons GROUP BY 1") == [("2100-12-07", 1)]
+    assert store.lost() == []
+
+
+def test_whether_anybody_is_known_under_a_token_key_is_one_look_at_the_index(postgres_stores, monkeypatch):
+    store = postgres_stores.open()
+    store.fetch(persons([person(n) for n in range(5000)]), NOW)
+    postgres_stores.run("ANALYZE persons")  # all are under version 1, so reading on would find one at once
+    asked, run = [], store._run
+    monkeypatch.setattr(store, "_run", lambda query, values=(): (asked.append((query, values)), run(query, values))[1])
+    assert [store._has_tokens(version) for version in (1, 2)] == [True, False]
+    plans = []
+    with connect(postgres_stores.settings) as server:
+        for query, values in asked:
+            if "token_version" in query:
+                rows = server.execute("EXPLAIN " + module.translated(query), values).fetchall()
+                plans.append("\n".join(line for (line,) in rows))
+    assert len(plans) == 2
+    for plan in plans:
+        assert "token_version" in plan
+        assert "Index Only Scan" in plan or "Index Scan" in plan
+        assert "Seq Scan" not in plan
+
+
 # --- several machines ---------------------------------------------------------------------------------------
 
 

@@ -228,7 +228,7 @@ def test_the_other_partys_fields_are_not_theirs_to_correct(full):
 def test_somebody_elses_record_is_not_to_be_corrected(full):
     line = one_line(rectify(full, "--record", where(full, "s1"), "--set", "location=x", number=OTHER))
     assert "no record of this person" in line
-    line = one_line(rectify(full, "--account", "bank", "--record", where(full, "s1"), "--set", "location=x"))
+    line = one_line(rectify(full, "--account", "acme", "--record", where(full, "s1"), "--set", "location=x"))
     assert "no record of this person" in line
     for nowhere in ("cdr.pii/0/999", "cdr.pii/99/0"):
         assert "no record of this person" in one_line(rectify(full, "--record", nowhere, "--set", "location=x"))
@@ -244,6 +244,24 @@ def test_the_other_party_does_not_see_what_a_person_corrected_of_their_own(full)
 def test_nobody_to_correct_is_no_error(full):
     assert counts(rectify(full, "--set", "location=x", number="+14155550199")) == (0, 0, {})
     assert "nothing was written" in rectify(full, "--set", "country=DE", json_=False).out
+
+
+def test_what_wrote_nothing_opens_no_request(full):
+    assert rectify(full, "--set", "location=x", number="+14155550199").lines[0]["request"] is None
+    assert full.call("subject", "requests", "--all", "--json").lines == []
+    # nor does saying the same again
+    for _ in range(2):
+        rectify(full, "--set", f"location={RIGHT}")
+    assert len(full.call("subject", "requests", "--all", "--json").lines) == 1
+
+
+def test_one_that_was_killed_before_its_request_was_noted_is_noted_by_the_next_run(full):
+    code = "import os\nfrom streams.officer import rectify\nrectify.note = lambda *a, **k: os._exit(9)"
+    words = ("subject", "rectify", PERSON, "--reason", "CASE-3", "--set", f"location={RIGHT}")
+    assert full.run(*words, sabotage=code).status == 9
+    assert full.call(*words).status == 0
+    (request,) = full.call("subject", "requests", "--all", "--json").lines
+    assert (request["kind"], request["outcome"]) == ("rectify", "done")
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------

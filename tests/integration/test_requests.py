@@ -43,11 +43,11 @@ def erase(place, *more):
     return done.lines[0]
 
 
-def noted(place, received_s, notify=(), outcome="refused:held"):
+def noted(place, received_s, notify=(), outcome="refused:held", reason="CASE-9", kind="access"):
     """Return a request that came at some time, and how many are overdue now."""
 
     async def inside(deployment):
-        found = requests.note(office(deployment), "access", "platform", "CASE-9", received_s, notify, outcome)
+        found = requests.note(office(deployment), kind, "platform", reason, received_s, notify, outcome)
         return found, requests.overdue(deployment.store.ledger, int(time.time()))
 
     return place.within(inside)
@@ -107,9 +107,9 @@ def test_it_is_overdue_from_the_instant_of_its_clock(known, age_s, notify, outco
 def test_the_soonest_due_comes_first_and_closed_ones_last(known):
     now_s = int(time.time())
     late, _ = noted(known, now_s - 14 * DAY_S)
-    soon, _ = noted(known, now_s - 60, ["acme"], "done")
-    far, _ = noted(known, now_s)
-    closed, _ = noted(known, now_s - 20 * DAY_S, outcome="done")
+    soon, _ = noted(known, now_s - 60, ["acme"], "done", "CASE-10")
+    far, _ = noted(known, now_s, reason="CASE-11")
+    closed, _ = noted(known, now_s - 20 * DAY_S, outcome="done", reason="CASE-12")
     assert [one["request"] for one in listed(known, "--all")] == [soon.id, late.id, far.id, closed.id]
 
 
@@ -173,6 +173,73 @@ def test_two_requests_that_begin_alike_are_not_mistaken_for_each_other(known):
     known.within(inside)
     assert "more than one" in one_line(known.call("subject", "requests", "--told", "012345"))
     assert len(listed(known, "--close", "0123456a", "--outcome", "done")) == 1
+
+
+def test_what_is_asked_again_goes_on_with_the_open_request_of_its_case(known):
+    # Given a request that was refused, and of which one account was told
+    now_s = int(time.time())
+    first, _ = noted(known, now_s - 3600, ["acme"], kind="erase")
+    listed(known, "--told", first.id)
+    # When it is asked for again, now to the end and with one more account
+    again, _ = noted(known, now_s, ["acme", "beta"], "done", kind="erase")
+    # Then it is the same one, its clocks run on, and who was told stays told
+    assert (again.id, again.received_s, again.due_s) == (first.id, first.received_s, first.due_s)
+    assert (again.outcome, again.untold) == ("done", ["beta"])
+    assert len(listed(known, "--all")) == 1
+    # and one that came earlier has the clocks run from then
+    assert noted(known, now_s - 7200, ["beta"], "done", kind="erase")[0].notice_due_s == now_s - 7200 + DAY_S
+
+
+@pytest.mark.parametrize("other", [{"reason": "CASE-10"}, {"kind": "erase"}])
+def test_another_case_and_another_kind_are_other_requests(known, other):
+    first, _ = noted(known, int(time.time()))
+    assert noted(known, int(time.time()), **other)[0].id != first.id
+
+
+def test_one_that_is_closed_does_not_go_on(known):
+    first, _ = noted(known, int(time.time()), outcome="done")
+    assert first.closed_s is not None
+    assert noted(known, int(time.time()))[0].id != first.id
+
+
+@pytest.mark.parametrize("kind", ["access", "export"])
+def test_to_look_again_in_a_case_whose_accounts_were_asked_opens_no_clock(known, kind):
+    now_s = int(time.time())
+    noted(known, now_s, ["acme"], "done", kind="erase")
+    looked, _ = noted(known, now_s, ["acme"], "done", kind=kind)
+    assert (looked.notify, looked.closed_s is not None) == ({}, True)
+    # but an account that nobody asked yet is to be told, and an erasure is told to all
+    assert noted(known, now_s, ["acme", "beta"], "done", kind=kind)[0].untold == ["beta"]
+    assert noted(known, now_s, ["acme"], "done", kind="object")[0].untold == ["acme"]
+
+
+def test_one_letter_from_access_to_erasure_is_two_requests(known):
+    for verb in ("access", "access", "export", "erase", "access"):
+        assert known.call("subject", verb, PERSON, "--reason", "CASE-1", "--json").status == 0
+    assert sorted(one["kind"] for one in listed(known)) == ["access", "erase"]
+
+
+def test_a_request_of_more_than_a_year_ago_is_refused(known):
+    words = ("subject", "erase", PERSON, "--reason", "CASE-1", "--received")
+    assert "more than a year ago" in one_line(known.call(*words, ago(367 * DAY_S)))
+    assert known.values("audit") == []
+    assert known.call(*words, ago(364 * DAY_S)).status == 0
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [PERSON[1:], PERSON[2:], f"TEL{PERSON[2:]}", f"T-{PERSON[2:5]}-{PERSON[5:8]}_{PERSON[8:]}", "0015551234567"],
+)
+def test_a_reason_that_is_or_holds_a_number_is_refused(known, reason):
+    line = one_line(known.call("subject", "erase", PERSON, "--reason", reason))
+    assert "case reference" in line
+    assert reason not in line
+    assert known.values("audit") == []
+
+
+@pytest.mark.parametrize("reason", ["CASE-2026-117", "INC0012345", "117"])
+def test_a_case_number_is_a_reason(known, reason):
+    assert known.call("subject", "erase", PERSON, "--reason", reason).status == 0
 
 
 def test_a_request_from_the_future_is_refused(known):

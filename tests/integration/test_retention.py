@@ -13,11 +13,12 @@ from processors.keyring import EpochRef
 from processors.retention import instant
 from processors.screen.suppression import parse_key
 from schemas.catalog import CATALOG, INPUTS
-from schemas.errors import LogBusy
+from schemas.errors import KeysBusy, LogBusy
 from schemas.fields import normalise
 from schemas.outbound import Message, Output
 from schemas.policy import Period
 from streams.keys.ledger import Mark
+from streams.keys.sqlite import SqliteKeyStore
 from streams.log.sqlite import SqliteLog
 from streams.officer import holds, retention
 from streams.watch.overdue import overdue
@@ -174,6 +175,7 @@ def test_a_clock_that_moved_by_a_day_brings_nothing_back(full, monkeypatch, days
     # Given a run by a clock that is a day off, and then by the right one again
     real = time.time
     monkeypatch.setattr("time.time", lambda: real() + days * DAY_S)
+    monkeypatch.setattr(SqliteKeyStore, "_now_s", lambda _: time.time())  # it is of the same machine
     moved = ran(full)
     monkeypatch.undo()
     dead = {ref for ref, state in keys(full).items() if state == "destroyed"}
@@ -186,6 +188,23 @@ def test_a_clock_that_moved_by_a_day_brings_nothing_back(full, monkeypatch, days
     states = keys(full)
     assert {states[ref] for ref in dead} <= {"destroyed"}
     assert len(full.opened("cdr.pii")) == 4
+
+
+def test_a_machine_whose_clock_is_ahead_of_the_store_s_destroys_nothing_early(full, monkeypatch):
+    real = time.time
+    monkeypatch.setattr("time.time", lambda: real() + DAY_S)
+    assert ran(full)["epochs"] == 0
+    monkeypatch.undo()
+    assert {state for _, state in keys(full).items()} == {"alive"}
+    assert len(full.opened("cdr.pii")) == 3
+
+
+def test_an_older_token_key_that_cannot_be_looked_at_now_stops_no_run(full, monkeypatch):
+    def busy(_):
+        raise KeysBusy
+
+    monkeypatch.setattr("streams.officer.rotation.drop_old_tokens", busy)
+    assert [one["what"] for one in ran(full)["skipped"]] == ["token keys"]
 
 
 def test_what_cannot_be_cleared_under_a_key_that_a_clock_ahead_destroyed_waits_for_the_next(full):

@@ -801,10 +801,10 @@ def test_while_the_token_key_changes_nothing_is_sent_and_afterwards_opt_outs_cou
         assert states(await gateway.open_batch(messages)) == ["revealed"]
         # When the token key is rotated
         store.add_token_key()
-        store.hold_tokens()
+        store.hold_tokens(2)
         with pytest.raises(TokensChange):
             await gateway.open_batch(messages)
-        store.switch_tokens()
+        store.switch_tokens(2)
         # Then it goes on with the new one
         assert states(await gateway.open_batch(messages)) == ["revealed"]
 
@@ -820,8 +820,8 @@ def test_an_opt_out_under_a_token_key_that_is_new_since_the_last_batch_is_seen(f
         gateway = revealer(deployment)
         assert states(await gateway.open_batch(messages)) == ["revealed"]
         store.add_token_key()
-        store.hold_tokens()
-        store.switch_tokens()
+        store.hold_tokens(2)
+        store.switch_tokens(2)
         done = await asyncio.to_thread(full.run, "optout", "add", PERSON)
         assert done.status == 0, done.err
         return await gateway.open_batch(messages)

@@ -1,5 +1,6 @@
 """Rotation of the token key on real files: nobody's opt-out is lost, narrowed or brought back, and no worker stops."""
 
+import asyncio
 import csv
 import os
 import signal
@@ -10,13 +11,16 @@ import pytest
 
 from processors.keyring import EpochRef, Needs, PersonRef
 from processors.screen.suppression import State
-from schemas.errors import TokensChange
+from schemas.errors import KeysBusy, TokensChange
 from schemas.fields import PLATFORM
+from streams.keys.cache import KeyCache, KeyLease
 from streams.keys.ledger import Mark
 from streams.keys.store import Gone
+from streams.officer.leases import drained
 from streams.officer.rotation import SWITCH, Copy, drop_old_tokens, rotate_tokens
 from streams.optout import Entry, OptOuts
 from streams.state.suppressions import STREAM, SuppressionTail
+from streams.worker.worker import Worker
 from tests.support.commands import SHORT_LEASE, Place, ago, eventually, is_stopped, one_line
 from tests.support.records import preference, reply, sms_request
 
@@ -284,7 +288,7 @@ def test_while_it_waits_for_the_switch_nothing_is_screened_opted_out_or_sealed(p
 
     async def hold(deployment):
         deployment.store.add_token_key()
-        deployment.store.hold_tokens()
+        deployment.store.hold_tokens(2)
 
     place.within(hold)
     before = len(place.stored(STREAM))
@@ -389,7 +393,7 @@ def test_an_egress_gateway_that_goes_on_opens_nothing_meanwhile_and_sees_every_o
         page = [stored for some in pages for stored in some]
         found = [(await revealer.open_batch(page[:1]))[0]]
         deployment.store.add_token_key()
-        deployment.store.hold_tokens()
+        deployment.store.hold_tokens(2)
         with pytest.raises(TokensChange):
             await revealer.open_batch(page[1:2])
         await rotate_tokens(deployment)
@@ -430,9 +434,9 @@ def test_restrictions_and_holds_follow_the_person(place, monkeypatch):
     async def watched(deployment):
         switch, ledger = deployment.store.switch_tokens, deployment.store.ledger
 
-        def switching():
+        def switching(version):
             seen.append(len(ledger.marks("restriction")[0].tokens))
-            return switch()
+            return switch(version)
 
         monkeypatch.setattr(deployment.store, "switch_tokens", switching)
         await rotate_tokens(deployment)
@@ -485,9 +489,9 @@ def test_the_audit_stream_says_what_was_done_and_the_switch_stands_in_it_before_
     async def watched(deployment):
         switch = deployment.store.switch_tokens
 
-        def switching():
+        def switching(version):
             seen.append(deployment.store.token_keys().current.version)
-            return switch()
+            return switch(version)
 
         monkeypatch.setattr(deployment.store, "switch_tokens", switching)
         await rotate_tokens(deployment)
@@ -546,13 +550,140 @@ def test_another_rotation_at_the_same_time_ends_with_one_line_and_does_no_harm(p
         def raced():
             deployment.store.token_keys = real
             keys = real()
-            deployment.store.hold_tokens()
-            deployment.store.switch_tokens()
+            deployment.store.hold_tokens(2)
+            deployment.store.switch_tokens(2)
             return keys
 
         deployment.store.token_keys = raced
-        with pytest.raises((TokensChange, ValueError)):
+        with pytest.raises(TokensChange):
             await rotate_tokens(deployment)
 
     place.within(twice)
     assert screened(place, PERSON) == "opted_out"
+
+
+def test_a_slower_rotation_lifts_nothing_that_was_given_after_a_faster_one(place, monkeypatch):
+    # Given so many opt-outs that a rotation makes a second pass, and a person opted out
+    path = place.folder / "in.csv"
+    path.write_text("number,event_at\n" + "".join(f"+49151{at:08d},2026-01-01\n" for at in range(1100)))
+    assert place.call("optout", "import", path).status == 0
+    add(place, PERSON, "--account", "acme")
+    first_pass, overtaken = Copy.run, []
+
+    def overtake():  # the person opts in, all of another rotation goes by, and the person opts out again
+        assert place.run("optout", "remove", PERSON, "--account", "acme").status == 0
+        assert place.run("keys", "rotate", "token").status == 0
+        time.sleep(1.1)
+        assert place.run("optout", "add", PERSON, "--account", "acme").status == 0
+
+    async def slow(self, *advance):
+        done = await first_pass(self, *advance)
+        if not overtaken:
+            overtaken.append(True)
+            await asyncio.to_thread(overtake)
+        return done
+
+    monkeypatch.setattr(Copy, "run", slow)
+    # When the slower one goes on
+    line = one_line(place.call("keys", "rotate", "token"))
+    # Then
+    assert "another process has rotated the token key meanwhile" in line
+    assert screened(place, PERSON) == "opted_out"
+    assert place.within(version) == (2, False)
+
+
+def test_what_a_copy_read_before_a_hold_is_not_written_after_it(place):
+    add(place, PERSON)
+
+    async def late(deployment):
+        copy = Copy(deployment, 1, deployment.store.add_token_key())
+        read = copy._changes
+
+        async def held(wanted):
+            found = await read(wanted)
+            deployment.store.hold_tokens(2)
+            return found
+
+        copy._changes = held
+        before = await deployment.log.end_offsets(STREAM)
+        with pytest.raises(TokensChange):
+            await copy.run()
+        assert await deployment.log.end_offsets(STREAM) == before
+
+    place.within(late)
+
+
+def test_a_worker_whose_lease_was_renewed_by_half_does_not_miss_the_hold(place):
+    # Given a worker at work, and a rotation that holds
+    place.publish(preference(record_id="p-1", scope="account", sender=OTHER, occurred_at=ago(900)))
+    assert place.work() == 1
+
+    async def rotated(deployment):
+        store, log = deployment.store, deployment.log
+        lease = KeyLease(store, "w-1")
+        worker = Worker(
+            log, log.consumer("w-1"), deployment.pipeline, KeyCache(store, lease), lease, deployment.registries(),
+            refresh=deployment.refresh_tokens, batch_records=100,
+        )  # fmt: skip
+        await worker._step(0.05)
+        copy = Copy(deployment, 1, store.add_token_key())
+        await copy.run()
+        sequence = store.hold_tokens(2)
+        # When the second half of the next renewal fails, and the one after does not
+        renew_lease, calls = store.renew_lease, []
+
+        def busy(*asked):
+            calls.append(asked)
+            if len(calls) == 2:
+                raise KeysBusy
+            return renew_lease(*asked)
+
+        store.renew_lease = busy
+        lease._renewed_s -= 5
+        with pytest.raises(KeysBusy):
+            await worker._step(0.05)
+        lease._renewed_s -= 5
+        place_opt_out = preference(record_id="p-2", scope="account", sender=PERSON, occurred_at=ago(5))
+        await asyncio.to_thread(place.publish, place_opt_out)
+        # Then it clears nothing until the switch, and an opt-out that comes then is not lost
+        for _ in range(3):
+            with pytest.raises(TokensChange):
+                await worker._step(0.2)
+        assert not worker.outcomes
+        await drained(store, sequence)
+        await copy.run()
+        store.switch_tokens(2)
+        for _ in range(3):
+            lease._renewed_s -= 5
+            await worker._step(0.2)
+        assert worker.outcomes.total() == 1
+        await worker._consumer.close()
+        lease.drop()
+
+    place.within(rotated)
+    assert {key.split(".")[0] for key in keys_of(place)[-2:]} == {"2"}
+    assert [screened(place, number) for number in (PERSON, OTHER)] == ["opted_out"] * 2
+
+
+def test_while_the_number_of_a_mark_is_lost_no_token_key_is_rotated_or_destroyed(place):
+    async def mark(deployment):
+        token = deployment.tokens.of(PERSON)
+        deployment.store.ledger.add_mark(Mark("a" * 32, "restriction", PLATFORM, (token,), "CASE-1", 1), None)
+        deployment.store.ledger.add_mark(Mark("b" * 32, "hold", "acme", (), "CASE-2", 1), None)
+        return known(deployment, PERSON)
+
+    sid = place.within(mark)
+    line = one_line(place.call("keys", "rotate", "token"))
+    assert f"restriction {'a' * 32} (case CASE-1)" in line
+    assert "CASE-2" not in line
+    assert place.within(version) == (1, False)
+    # When it is made again, it is the same one
+    done = place.call("subject", "restrict", PERSON, "--reason", "CASE-1")
+    assert done.status == 0, done.err
+    rotate(place)
+
+    async def restricted(deployment):
+        sids = {sid, known(deployment, PERSON)}
+        return len(deployment.store.restricted(sids)), [one.id for one in deployment.store.ledger.marks("restriction")]
+
+    assert place.within(restricted) == (2, ["a" * 32])

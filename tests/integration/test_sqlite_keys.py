@@ -14,6 +14,7 @@ from schemas.errors import Fatal, KeysBusy, KeysFull, KeysUnusable, KmsRefuses, 
 from schemas.fields import PLATFORM
 from schemas.sealed import KeyId
 from streams.keys import sqlite as module
+from streams.keys.ledger import AT_WILL
 from streams.keys.sql import SEAL_BLOCK
 from streams.keys.store import NEVER, Buried, Gone
 from streams.keys.wrapping import epoch_aad, person_aad, token_aad, wrap
@@ -183,8 +184,8 @@ def test_rows_with_keys_never_move_shrink_or_go_so_that_no_page_keeps_a_stale_co
     store.put_secret("a", bytes(1000))
     store.drop_secret("a")
     store.put_secret("longer name", b"2")
-    store.hold_tokens()
-    store.switch_tokens()
+    store.hold_tokens(2)
+    store.switch_tokens(2)
     store.destroy_persons(PLATFORM, [person(2).token])
     store.destroy_epoch(PII)
     store.bury_day(TODAY, MIDNIGHT)
@@ -346,6 +347,73 @@ def test_a_copy_made_before_opens_nothing_that_was_destroyed_once_the_day_is_rew
     ):
         with pytest.raises(KmsRefuses, match="key-encryption key missing"):
             call()
+
+
+def test_a_copy_from_before_the_first_key_of_a_day_goes_on_after_a_rewrap_of_that_day(deployment, tmp_path):
+    # Given a copy from before a day, of which somebody was erased and which was re-wrapped since
+    store = deployment.open()
+    copy = copied(deployment, tmp_path / "backup")
+    store.fetch(Needs({PII: (LATER, 1)}, persons([person(1), person(2)]).persons), NOW)
+    store.destroy_persons(PLATFORM, [person(1).token])
+    store.rewrap(LATER_DAY)
+    store.close()
+    # When it is put in the place of the store, and brought up to date
+    for path in deployment.path.parent.iterdir():
+        path.unlink()
+    shutil.copy(copy, deployment.path)
+    old = deployment.open(outdated=True)
+    assert old.lost() == []
+    old.catch_up()
+    old.close()
+    # Then what comes is sealed
+    store = deployment.open()
+    made = store.fetch(Needs({PII: (LATER, 1)}, persons([person(5)]).persons), NOW)
+    assert (set(made.epochs), set(made.persons)) == ({PII}, {person(5)})
+    assert store.rewrap(LATER_DAY) == 2
+    assert store.kms.names() == [f"{LATER_DAY}.3", NEVER]
+
+
+def test_a_copy_from_between_two_releases_opens_nothing_of_the_second(deployment, tmp_path, monkeypatch):
+    # Given a release that was killed before the KEK of before went, a copy made then, and another release
+    class Killed(BaseException):
+        pass
+
+    def killed(_):
+        raise Killed
+
+    first, second = EpochRef("held", PLATFORM, "a" * 32), EpochRef("held", PLATFORM, "b" * 32)
+    store = deployment.open()
+    store.fetch(Needs({first: (None, 1), second: (None, 1)}, {}), NOW)
+    store.destroy_epoch(first)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(store.kms, "destroy", killed)
+        store.rewrap(AT_WILL)
+    copy = copied(deployment, tmp_path / "backup")
+    store.destroy_epoch(second)
+    store.rewrap(AT_WILL)
+    assert store.stale_days() == {}
+    # Then the copy does not open what was released, even around the check of its age
+    deployment.path = copy
+    with pytest.raises(KmsRefuses, match="key-encryption key missing"):
+        deployment.open(outdated=True).open_epochs([KeyId(*second, 1)], NOW)
+
+
+def test_a_token_key_stays_while_the_last_of_many_people_is_known_under_it(deployment, monkeypatch):
+    monkeypatch.setattr(module, "_LOOKED", 3)
+    store = deployment.open()
+    store.fetch(persons([person(n) for n in range(9)]), NOW)
+    version = store.add_token_key().version
+    store.hold_tokens(version)
+    store.switch_tokens(version)
+    assert store._has_tokens(1)
+    deployment.run("UPDATE persons_2100_01 SET tokens = '0002' WHERE rowid < 9")
+    assert store._has_tokens(1)
+    with pytest.raises(ValueError, match="still known"):
+        store.destroy_token_key(1)
+    deployment.run("UPDATE persons_2100_01 SET tokens = '0002' WHERE rowid = 9")
+    assert not store._has_tokens(1)
+    store.destroy_token_key(1)
+    assert store.token_keys().others == ()
 
 
 def test_a_copy_made_before_a_day_was_buried_opens_nothing_of_it(deployment, tmp_path):

@@ -15,6 +15,7 @@ from schemas.fields import (
     field_class,
     is_account,
     is_code,
+    is_reason,
     is_record_id,
     normalise,
 )
@@ -76,6 +77,22 @@ def test_a_code_may_stand_in_the_clear(text):
 )  # fmt: skip
 def test_what_could_hold_a_number_or_a_text_is_no_code(text):
     assert not is_code(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["a", "egress", "CASE-2026-117", "TICKET-1234567", "INC0012345", "CASE-7/a_b", "123456", "12-34", "x" * 40]
+)
+def test_a_code_or_case_reference_is_a_reason(text):
+    assert is_reason(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "he asked", "a\n", "é", "x" * 41, "+14155550101", "14155550101", "0044-7700-900123", "1/4/1/5/5/5/5",
+     "_1415_555__0101_", "2026-117", "1" * 40, "1234567\n", "٣"],
+)  # fmt: skip
+def test_free_text_and_what_may_be_a_number_are_no_reason(text):
+    assert not is_reason(text)
 
 
 @pytest.mark.parametrize("text", ["a", "A.b_c-d", "0", "x" * 64, "4915112345678"])

@@ -56,8 +56,9 @@ class FakeStore:
 class World:
     def __init__(self, **bounds) -> None:
         self.now = float(NOW)
+        self.up = 100.0
         self.store = FakeStore()
-        self.lease = KeyLease(self.store, "worker-1", 30.0, lambda: self.now)
+        self.lease = KeyLease(self.store, "worker-1", 30.0, lambda: self.now, lambda: self.up)
         self.cache = KeyCache(self.store, self.lease, **bounds)
 
     def fetch(self, epochs=(), persons=(), deadline_s: int | None = NOW + 99 * DAY, seals: int = 1):
@@ -122,6 +123,18 @@ def test_a_clock_moved_back_ends_the_lease_until_it_is_renewed(world):
     assert world.lease.valid()
 
 
+def test_a_clock_moved_back_to_just_after_the_renewal_does_not_make_the_lease_longer(world):
+    world.now, world.up = NOW + 0.5, 100 + 25.0
+    assert world.lease.due()
+    assert world.lease.valid(4.9)
+    assert not world.lease.valid(5)
+    world.up = 100 + 30.0
+    assert not world.lease.valid()
+    world.lease.renew()
+    assert world.lease.valid()
+    assert not world.lease.due()
+
+
 def test_a_lease_is_due_a_second_after_its_renewal(world):
     assert not world.lease.due(NOW)
     assert not world.lease.due(NOW + 0.9)
@@ -139,11 +152,12 @@ def test_a_renewal_that_fails_leaves_the_lease_to_run_out(world):
 
 
 def test_a_renewal_reports_a_destruction_and_tells_the_store_that_it_is_known(world):
-    assert not world.lease.renew()
+    world.lease.renew()
+    assert world.lease.sequence == 0
     world.store.sequence = 3
-    assert world.lease.renew()
+    world.lease.renew()
+    assert world.lease.sequence == 3
     assert world.store.leases["worker-1"][1] == 3
-    assert not world.lease.renew()
 
 
 def test_closing_forgets_all_keys_and_drops_the_lease(world):
