@@ -8,7 +8,6 @@ renewal says that nothing sealed under older destructions will be committed any 
 import math
 import time
 from collections.abc import Callable, Collection
-from functools import partial
 from itertools import chain, islice
 from typing import TypeVar
 
@@ -20,6 +19,11 @@ from streams.keys.wrapping import KEPT_S
 RENEW_AFTER_S = 1.0
 _DAY_S = 86_400
 _K = TypeVar("_K")
+
+
+def up_s() -> float:
+    """Return how long this machine is up, asleep or not, in seconds."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 class KeyLease:
@@ -36,7 +40,7 @@ class KeyLease:
         process_id: str,
         duration_s: float = 30.0,
         clock: Callable[[], float] = time.time,
-        steady: Callable[[], float] = partial(time.clock_gettime, time.CLOCK_BOOTTIME),
+        steady: Callable[[], float] = up_s,
     ) -> None:
         self.sequence = -1
         """The destruction sequence as last read; -1 before the first renewal."""

@@ -252,7 +252,9 @@ class Report:
                 yield item
         for item in self._ending():
             yield item
-        self.request = note(self._office, self._kind, self._owner, self._reason, self._received_s, self.accounts, DONE)
+        self.request = note(
+            self._office, self._kind, self._person, self._owner, self._reason, self._received_s, self.accounts, DONE
+        )
 
     def _put(self, section: str, **fields: Any) -> Item:
         self._shown[section] += 1

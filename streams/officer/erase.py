@@ -63,7 +63,7 @@ async def erase(
     notify = accounts_of(office, person) if account is None else []
     hold = await standing_in_the_way(office, person, owner, advance)
     if hold is not None:
-        request = note(office, "erase", owner, reason, received_s, notify, UNDER_HOLD)
+        request = note(office, "erase", person, owner, reason, received_s, notify, UNDER_HOLD)
         raise UnderHold(
             f"under legal hold {hold.id}, case {hold.reason}: nothing was erased; request {request.id} stays open",
         )
@@ -90,7 +90,7 @@ async def erase(
         held=[mark.id for mark in held],
         destroyed={"sids": sorted(gone - set(known)), "epochs": []},
     )
-    request = note(office, "erase", owner, reason, received_s, notify, DONE)
+    request = note(office, "erase", person, owner, reason, received_s, notify, DONE)
     days = {one.day for one in known.values()}
     stale = [at_s for day, at_s in store.stale_days().items() if day in days]
     until_s = max(stale) + office.deployment.config.rewrap_s + store.kms.waiting_period_s if stale else None

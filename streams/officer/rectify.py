@@ -188,7 +188,9 @@ class Rectification:
                 not_opened[State.DESTROYED.value] += len(changes) - written
         request = None
         if corrected or (unchanged and not self._is_noted()):  # one that was killed wrote, and noted nothing
-            request = note(self._office, "rectify", self._owner, self._reason, self._received_s, self._accounts, DONE)
+            request = note(
+                self._office, "rectify", self._person, self._owner, self._reason, self._received_s, self._accounts, DONE
+            )
         return Rectified(corrected, unchanged, dict(not_opened), request)
 
     def _is_noted(self) -> bool:

@@ -3,16 +3,16 @@
 Rules of this file:
 - A request names no person: its kind, whose data it is about, a case reference, the accounts to be told, and clocks.
 - It is closed once it has come to an end and every account is told; until then each clock runs by itself.
-- What is asked again goes on with the request that is open: same kind, owner and case. So one reference stands for one
-  number's request.
+- What a person asks again goes on with the request that is open: same kind, owner and case. That it is the same person
+  shows in the request's id, a hash under the person's token, and nowhere else.
 - Clocks count from when the request was received, which may be before anybody wrote it down.
 """
 
 import re
-import secrets
 import time
 from collections.abc import Sequence
-from typing import Final
+from hashlib import blake2b
+from typing import Final, get_args
 
 from schemas.errors import InputInvalid
 from schemas.fields import is_reason
@@ -41,6 +41,7 @@ def case(reason: str, person: Person | None = None) -> None:
 def note(
     office: Office,
     kind: RequestKind,
+    person: Person,
     owner: str,
     reason: str,
     received_s: int,
@@ -60,6 +61,8 @@ def note(
     received_s = min(received_s, now_s)
     ledger = office.deployment.store.ledger
     of_case = [one for one in ledger.requests(closed=True) if (one.owner, one.reason) == (owner, reason)]
+    theirs = {_id(person, each, owner, reason, n) for each in get_args(RequestKind) for n in range(len(of_case))}
+    of_case = [one for one in of_case if one.id in theirs]
     goes_on = next((one for one in of_case if one.kind == kind and one.closed_s is None), None)
     if kind in _CHANGES_NOTHING:
         asked = {account for one in of_case for account in one.notify}
@@ -73,7 +76,7 @@ def note(
         )  # fmt: skip
         return _keep(office, request, now_s)
     request = Request(
-        id=secrets.token_hex(16),
+        id=_id(person, kind, owner, reason, sum(one.kind == kind for one in of_case)),
         kind=kind,
         owner=owner,
         reason=reason,
@@ -84,6 +87,12 @@ def note(
         outcome=outcome,
     )
     return _keep(office, request, now_s)
+
+
+def _id(person: Person, kind: RequestKind, owner: str, reason: str, number: int) -> str:
+    """Return the id of a person's request, the `number`th of its kind, owner and case from 0: 32 hex digits."""
+    text = "|".join((kind, owner, reason, str(number)))
+    return blake2b(text.encode(), key=person.tokens[0], digest_size=16).hexdigest()
 
 
 async def tell(office: Office, name: str, account: str | None) -> Request:

@@ -170,4 +170,4 @@ def _note(
     office: Office, kind: RequestKind, person: Person, account: str | None, reason: str, received_s: int
 ) -> Request:
     notify = accounts_of(office, person) if account is None else []
-    return note(office, kind, account or PLATFORM, reason, received_s, notify, DONE)
+    return note(office, kind, person, account or PLATFORM, reason, received_s, notify, DONE)

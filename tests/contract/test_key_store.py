@@ -706,8 +706,8 @@ def test_a_rewrap_that_finishes_another_covers_what_was_destroyed_since(deployme
     def killed(_):
         raise Killed
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(victim.kms, "destroy", killed)
+    monkeypatch.setattr(victim.kms, "destroy", killed)
+    with pytest.raises(Killed):
         victim.rewrap(LATER_DAY)
     assert store.kms.names() == [TODAY, LATER_DAY, f"{LATER_DAY}.2", NEVER]
     store.destroy_persons("a2", token(2))
@@ -722,8 +722,7 @@ def test_a_generation_that_rows_are_still_under_does_not_go(deployment, monkeypa
     a_full_store(store)
     before = everything(store)
     with monkeypatch.context() as patch:
-        patch.setattr(store, "_move_persons", lambda moves: None)
-        patch.setattr(store, "_persons_under", lambda keks: iter(()))
+        patch.setattr(store, "_persons_under", lambda _: iter(()))
         with pytest.raises(KeysBusy, match="re-wrap again"):
             store.rewrap(LATER_DAY)
     assert everything(deployment.open()) == before

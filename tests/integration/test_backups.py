@@ -405,14 +405,19 @@ def test_holds_whose_copies_are_lost_go_on_and_copy_anew_what_lives(place):
 
 
 def test_killed_between_a_hold_and_its_successor_neither_is_lost(place, monkeypatch):
-    assert held(place, OTHER, "CASE-9").records == held(place, PERSON).records == 1
+    kept = held(place, OTHER, "CASE-9")
+    assert kept.records == held(place, PERSON).records == 1
     copy = backup(place)
     assert released(place) == 1
     restore(place, copy)
 
     async def broken(deployment):
-        def killed(*_):
-            raise KeyboardInterrupt
+        end_mark = deployment.store.ledger.end_mark
+
+        def killed(mark_id, at_s):
+            if mark_id == kept.mark.id:
+                raise KeyboardInterrupt
+            end_mark(mark_id, at_s)
 
         monkeypatch.setattr(deployment.store.ledger, "end_mark", killed)
         with pytest.raises(KeyboardInterrupt):

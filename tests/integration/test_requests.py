@@ -8,7 +8,7 @@ import pytest
 from streams.officer import requests
 from streams.officer.office import office
 from tests.support.commands import SHORT_LEASE, Place, ago, one_line
-from tests.support.records import PERSON, sms_cdr
+from tests.support.records import OTHER, PERSON, sms_cdr
 
 DAY_S = 86_400
 
@@ -43,11 +43,12 @@ def erase(place, *more):
     return done.lines[0]
 
 
-def noted(place, received_s, notify=(), outcome="refused:held", reason="CASE-9", kind="access"):
+def noted(place, received_s, notify=(), outcome="refused:held", reason="CASE-9", kind="access", whom=PERSON):
     """Return a request that came at some time, and how many are overdue now."""
 
     async def inside(deployment):
-        found = requests.note(office(deployment), kind, "platform", reason, received_s, notify, outcome)
+        desk = office(deployment)
+        found = requests.note(desk, kind, desk.person(whom), "platform", reason, received_s, notify, outcome)
         return found, requests.overdue(deployment.store.ledger, int(time.time()))
 
     return place.within(inside)
@@ -167,7 +168,8 @@ def test_two_requests_that_begin_alike_are_not_mistaken_for_each_other(known):
     async def inside(deployment):
         desk = office(deployment)
         for end in "ab":
-            made = requests.note(desk, "access", "platform", "CASE-9", int(time.time()), [], "refused:held")
+            person = desk.person(PERSON)
+            made = requests.note(desk, "access", person, "platform", "CASE-9", int(time.time()), [], "refused:held")
             deployment.store.ledger.put_request(made._replace(id="0123456" + end * 25))
 
     known.within(inside)
@@ -194,6 +196,14 @@ def test_what_is_asked_again_goes_on_with_the_open_request_of_its_case(known):
 def test_another_case_and_another_kind_are_other_requests(known, other):
     first, _ = noted(known, int(time.time()))
     assert noted(known, int(time.time()), **other)[0].id != first.id
+
+
+def test_another_persons_request_of_the_same_case_does_not_end_the_first_ones(known):
+    now_s = int(time.time())
+    first, _ = noted(known, now_s, outcome="refused:held", kind="erase")
+    second, _ = noted(known, now_s, outcome="done", kind="erase", whom=OTHER)
+    assert first.id != second.id
+    assert [one["request"] for one in listed(known)] == [first.id]
 
 
 def test_one_that_is_closed_does_not_go_on(known):
