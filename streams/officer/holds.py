@@ -297,7 +297,7 @@ async def preserve(deployment: Deployment, *, now_s: int, advance: Advance = uns
 async def _preserve(deployment: Deployment, marks: Sequence[Mark], now_s: int, advance: Advance) -> int:
     if not marks:
         return 0
-    keys, lease = deployment.keys()
+    keys, lease = deployment.keys(rotating=True)  # copies do not depend on any token key
     try:
         return sum([await _Copier(deployment, keys, lease, mark, now_s).run(advance) for mark in marks])
     finally:
