@@ -148,7 +148,8 @@ class Site(Place):
 
     def configure(self, **options: object) -> None:
         """Write the configuration anew."""
-        head = "".join(f"{name} = {value}\n" for name, value in {"data": '"data"', **options}.items())
+        given = {"data": '"data"', "key_lease_s": max(30, 2 * self._transaction_ms / 1000), **options}
+        head = "".join(f"{name} = {value}\n" for name, value in given.items())
         tail = f"transaction_timeout_ms = {self._transaction_ms}\ncommit_every_ms = 10"
         config_file(self.folder, self.cluster, self.prefix, head, tail)
 
