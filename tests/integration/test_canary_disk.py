@@ -276,10 +276,11 @@ def test_nothing_that_a_command_shows_holds_one(ran):
 
 def test_each_is_revealed_where_it_belongs_and_nowhere_else(ran):
     place, _, canaries, ids, typed, _, _ = ran
-    opened = {stream: json.dumps(place.opened(stream)) for stream in READABLE}
+    opened = {stream: json.dumps(place.opened(stream)) for stream in READABLE if "dpo" in CATALOG[stream].readers}
     where = {stream: {one.text for one in canaries if one.text in text} for stream, text in opened.items()}
     review = {one.text for one in canaries if one.stream == "review"}
-    for stream in READABLE:
+    assert set(READABLE) - opened.keys() == {"billing.deltas"}
+    for stream in opened:
         belongs = {one.text for one in canaries if one.stream == stream}
         assert belongs <= where[stream], stream
     # a near miss and a STOP are CDRs as well, and so are whole in cdr.pii and content
@@ -287,7 +288,7 @@ def test_each_is_revealed_where_it_belongs_and_nowhere_else(ran):
     assert where["cdr.pii"] - {one.text for one in canaries if one.stream == "cdr.pii"} <= review | stops
     assert where["content"] - {one.text for one in canaries if one.stream == "content"} <= review | ids
     assert set(typed) <= {text for text in typed if text in opened["suppressions"]}
-    for stream in ("verdicts", "cdr.anonymous", "audit", "held", "billing.deltas"):
+    for stream in ("verdicts", "cdr.anonymous", "audit", "held"):
         assert where[stream] == set()
     # what is no text is opened byte for byte
     (binary,) = (one for one in place.opened("quarantine") if "record_base64" in one)

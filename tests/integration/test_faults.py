@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import pytest
 
 from schemas.fields import PLATFORM
+from streams.keys.kms_local import LocalKms
 from tests.support.commands import SHORT_LEASE, Place, ago, eventually, one_line
 from tests.support.records import DEFAULT_POLICY, LISTING_POLICY, PERSON, account, sms_cdr, sms_request, voice_cdr
 
@@ -87,7 +88,8 @@ def open_folder(place):
 def wrong(place):
     (root,) = kms(place).glob("*.root")
     content = root.read_bytes()
-    root.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    LocalKms.create(other := place.folder / "other-kms", root.stem)
+    root.write_bytes((other / root.name).read_bytes())
     return lambda: root.write_bytes(content)
 
 
@@ -263,6 +265,7 @@ def test_whichever_bytes_are_damaged_it_is_never_a_traceback_nor_a_bug(place):
             assert not [leak for leak in (*LEAKS, "internal error") if leak in done.err], (name, words)
         for other, was in kept.items():
             other.write_bytes(was)
+            other.chmod(0o600)
         path.write_bytes(backup)
     assert place.work() == 20
 
