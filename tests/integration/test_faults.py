@@ -107,7 +107,7 @@ def cut_short(place):
         (missing_file, "root key missing beside an existing key store; restore it"),
         (open_to_others, "open to other users; run: chmod 600"),
         (open_folder, "open to other users; run: chmod 700"),
-        (wrong, "the root key is not the one of this key store; restore the right one"),
+        (wrong, "or its root key is not; restore the right one"),
         (cut_short, "root key damaged; restore it"),
     ],
 )
