@@ -187,6 +187,8 @@ def take_apart(value: bytes) -> Sealed:
         if len(parts) > 1 and len({b64decode(part.box[:24])[:SEAL_ID_BYTES] for part in parts}) > 1:
             raise ValueError("parts of different values")
         account = fields.get("account_id") or ""
+        if not isinstance(account, str) or not isinstance(fields.get("privacy", {}), dict):
+            raise ValueError("not the envelope of a sealed value")
         envelope = orjson.dumps(fields, option=orjson.OPT_SORT_KEYS)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError("not a sealed value of version 1") from error
