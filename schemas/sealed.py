@@ -188,7 +188,7 @@ def take_apart(value: bytes) -> Sealed:
             raise ValueError("parts of different values")
         account = fields.get("account_id") or ""
         if not isinstance(account, str) or not isinstance(fields.get("privacy", {}), dict):
-            raise ValueError("not the envelope of a sealed value")
+            raise TypeError("not the envelope of a sealed value")
         envelope = orjson.dumps(fields, option=orjson.OPT_SORT_KEYS)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError("not a sealed value of version 1") from error
