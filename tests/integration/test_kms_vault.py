@@ -779,7 +779,7 @@ def test_calls_depend_on_the_days_alive_and_not_on_the_traffic(vault, tmp_path, 
     for batch in range(1, 21):
         store.fetch(needs(now_s, batch, days), now_s)
     assert store.kms.calls == made  # 10,000 more people: not one
-    assert made <= 10 + 7 * (days + 2)
+    assert made <= 10 + 8 * (days + 2)
     again = SqliteKeyStore.open(path, maker)
     opened.append(again)
     for batch in range(5):
