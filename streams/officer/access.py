@@ -29,8 +29,9 @@ from schemas.inbound import Cdr
 from schemas.sealed import Sealed, take_apart
 from streams.keys.ledger import Mark, MarkKind, Request
 from streams.keys.reveal import CORRECTS, Revealed, Revealer, State
+from streams.keys.roles import OFFICER
 from streams.log.protocol import Stored
-from streams.officer.office import ROLE, Finder, Office, Person, may_hold_a_number
+from streams.officer.office import Finder, Office, Person, may_hold_a_number
 from streams.officer.requests import DONE, case, note
 from streams.officer.scan import decided, everything, naming, scan
 
@@ -231,7 +232,7 @@ class Report:
         self._advance = advance
         audited = await decided(self._log, AUDIT)  # what this report opens is not part of it
         await self._office.auditor.write(
-            self._kind, role=ROLE, reason=self._reason, owner=self._owner, sids=sorted(self._mine)
+            self._kind, role=OFFICER, reason=self._reason, owner=self._owner, sids=sorted(self._mine)
         )
         self._revealer = self._office.deployment.revealer()
         yield self._head()

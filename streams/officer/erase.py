@@ -17,10 +17,11 @@ from typing import NamedTuple
 from schemas.errors import UnderHold
 from schemas.fields import PLATFORM
 from streams.keys.ledger import Mark, Request
+from streams.keys.roles import OFFICER
 from streams.officer.again import again
 from streams.officer.holds import Advance, of_others, preserve, standing_in_the_way
 from streams.officer.leases import drained
-from streams.officer.office import ROLE, Office, Person
+from streams.officer.office import Office, Person
 from streams.officer.requests import DONE, UNDER_HOLD, case, note
 
 
@@ -71,7 +72,9 @@ async def erase(
     held = await of_others(office, person, owner, advance)
     store, auditor = office.deployment.store, office.auditor
     known = office.sids(person, owner)
-    await auditor.write("erase", role=ROLE, reason=reason, owner=owner, destroyed={"sids": sorted(known), "epochs": []})
+    await auditor.write(
+        "erase", role=OFFICER, reason=reason, owner=owner, destroyed={"sids": sorted(known), "epochs": []}
+    )
     gone: set[str] = set()
     while True:
         destroyed = await again(partial(store.destroy_persons, owner, person.tokens))
@@ -83,7 +86,7 @@ async def erase(
         person = now  # a rotation of the token key came between
     await auditor.write(
         "erased",
-        role=ROLE,
+        role=OFFICER,
         reason=reason,
         owner=owner,
         sequence=destroyed.sequence,

@@ -47,9 +47,10 @@ from schemas.errors import InputInvalid, LogUnusable
 from streams.config import packs_available
 from streams.deployment import Deployment
 from streams.keys.ledger import Mark, Request
+from streams.keys.roles import OFFICER
 from streams.keys.store import KeyStore
 from streams.log.protocol import Log, Stored
-from streams.officer.office import ROLE, Office, office
+from streams.officer.office import Office, office
 from streams.officer.report_page import page
 from streams.officer.scan import everything, scan
 from streams.officer.verify import (
@@ -328,7 +329,7 @@ async def report(
         raise InputInvalid("--from must be before --to, and before now")
     _refuse_existing(folder)
     window = (instant(from_s), instant(to_s))
-    await office.auditor.write("evidence", role=ROLE, **{"from": window[0], "to": window[1]})
+    await office.auditor.write("evidence", role=OFFICER, **{"from": window[0], "to": window[1]})
     if to_s > now_s:  # what is said of a second is said when it is over
         await asyncio.sleep(min(1.0, max(0.0, to_s - time.time())))
         now_s = to_s

@@ -36,9 +36,10 @@ from streams.deployment import Deployment
 from streams.keys.cache import KeyCache, KeyLease
 from streams.keys.ledger import AT_WILL, Mark
 from streams.keys.reveal import Revealed, State, open_sealed
+from streams.keys.roles import OFFICER
 from streams.keys.store import Gone, KeyStore
 from streams.log.protocol import Log, Stored
-from streams.officer.office import ROLE, Office, Person, check_name
+from streams.officer.office import Office, Person, check_name
 from streams.officer.requests import case
 from streams.officer.scan import Wanted, decided, naming, of_account, scan
 
@@ -121,7 +122,7 @@ async def _hold(
         )
         await office.auditor.write(
             "hold",
-            role=ROLE,
+            role=OFFICER,
             reason=reason,
             hold=mark.id,
             owner=owner,
@@ -185,7 +186,7 @@ async def _release(office: Office, mark: Mark | None, reason: str) -> int:
     if mark is not None:
         ref = _ref(mark)
         await office.auditor.write(
-            "release", role=ROLE, reason=reason, hold=mark.id, destroyed={"sids": [], "epochs": ["/".join(ref)]}
+            "release", role=OFFICER, reason=reason, hold=mark.id, destroyed={"sids": [], "epochs": ["/".join(ref)]}
         )
         store.destroy_epoch(ref)
         store.ledger.end_mark(mark.id, int(time.time()))
@@ -193,7 +194,7 @@ async def _release(office: Office, mark: Mark | None, reason: str) -> int:
     if AT_WILL in store.stale_days():  # also what a release that was killed has left
         store.rewrap(AT_WILL)
     if mark is not None:  # an entry after the destruction tells a restored store that the log knows of it
-        await office.auditor.write("released", role=ROLE, reason=reason, hold=mark.id)
+        await office.auditor.write("released", role=OFFICER, reason=reason, hold=mark.id)
     return int(mark is not None)
 
 

@@ -24,7 +24,6 @@ from streams.keys.roles import Principal, only_officer
 from streams.keys.store import Known
 from streams.officer.scan import of_account, scan
 
-ROLE: Final = "dpo"
 SCHEDULE: Final = "offboard/"
 """How the names begin under which the ledger keeps when accounts leave."""
 MIN_DIGITS: Final = 7

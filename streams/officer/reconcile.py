@@ -28,9 +28,10 @@ from schemas.catalog import Domain
 from schemas.errors import KeysUnusable
 from streams.deployment import Deployment
 from streams.keys.ledger import AT_WILL, Mark, MarkKind
+from streams.keys.roles import OFFICER
 from streams.keys.store import KeyStore
 from streams.officer import offboard
-from streams.officer.office import ROLE, Office, office
+from streams.officer.office import Office, office
 from streams.officer.rotation import SWITCH, Copy, nameless, retoken_marks
 from streams.officer.upkeep import day_of
 
@@ -279,7 +280,7 @@ async def _succeed(desk: Office, mark: Mark) -> str:
     ledger.add_mark(made, ledger.number_of(mark.id))
     await desk.auditor.write(
         "hold",
-        role=ROLE,
+        role=OFFICER,
         reason=made.reason,
         hold=made.id,
         instead_of=mark.id,

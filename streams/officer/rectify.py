@@ -32,9 +32,10 @@ from schemas.outbound import Message, Output
 from schemas.sealed import KeyId, Part, Sealed, split_envelope, take_apart
 from streams.keys.ledger import Request
 from streams.keys.reveal import CORRECTS, NOT_OPENED, Revealed, State
+from streams.keys.roles import OFFICER
 from streams.log.protocol import Stored
 from streams.officer.access import hidden
-from streams.officer.office import ROLE, Office, Person
+from streams.officer.office import Office, Person
 from streams.officer.requests import DONE, case, note
 from streams.officer.scan import naming, scan
 from streams.quarantine import Place
@@ -287,7 +288,7 @@ class Rectification:
             here = [change for change in changes if change.stored.stream == stream]
             await self._office.auditor.write(
                 "rectify",
-                role=ROLE,
+                role=OFFICER,
                 reason=self._reason,
                 owner=self._owner,
                 stream=stream,

@@ -17,7 +17,8 @@ from typing import Final, get_args
 from schemas.errors import InputInvalid
 from schemas.fields import is_reason
 from streams.keys.ledger import ENDS, Ledger, Request, RequestKind
-from streams.officer.office import ROLE, Finder, Office, Person
+from streams.keys.roles import OFFICER
+from streams.officer.office import Finder, Office, Person
 
 NOTICE_S: Final = 24 * 3600
 DUE_S: Final = 15 * 86_400
@@ -107,7 +108,7 @@ async def tell(office: Office, name: str, account: str | None) -> Request:
     told = [one for one, at_s in request.notify.items() if at_s is None and account in (None, one)]
     if not told:
         return request
-    await office.auditor.write("told", role=ROLE, reason=request.reason, request=request.id, accounts=told)
+    await office.auditor.write("told", role=OFFICER, reason=request.reason, request=request.id, accounts=told)
     notify = {one: now_s if one in told else at_s for one, at_s in request.notify.items()}
     return _keep(office, request._replace(notify=notify), now_s)
 
@@ -120,7 +121,7 @@ async def close(office: Office, name: str, outcome: str) -> Request:
     if outcome not in ENDS:
         raise InputInvalid(f"a request ends as {' or '.join(ENDS)}")
     request = find(office.deployment.store.ledger, name)
-    await office.auditor.write("close", role=ROLE, reason=request.reason, request=request.id, outcome=outcome)
+    await office.auditor.write("close", role=OFFICER, reason=request.reason, request=request.id, outcome=outcome)
     return _keep(office, request._replace(outcome=outcome), int(time.time()))
 
 

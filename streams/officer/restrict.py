@@ -17,8 +17,9 @@ from processors.screen.suppression import parse_key
 from schemas.catalog import partition_for
 from schemas.fields import PLATFORM
 from streams.keys.ledger import Mark, Request, RequestKind
+from streams.keys.roles import OFFICER
 from streams.officer.erase import accounts_of
-from streams.officer.office import ROLE, Office, Person
+from streams.officer.office import Office, Person
 from streams.officer.requests import DONE, case, note
 from streams.officer.scan import scan
 from streams.optout import CHANNELS, Entry, OptOuts
@@ -88,7 +89,7 @@ async def unrestrict(office: Office, number: str, account: str | None, reason: s
             lifted += await _lift(office, person, account, _reason_of(mark))
         office.deployment.store.ledger.end_mark(mark.id, int(time.time()))
         # its number was destroyed: an entry after that tells a restored store that the log knows of it
-        await office.auditor.write("unrestricted", role=ROLE, reason=reason, restriction=mark.id)
+        await office.auditor.write("unrestricted", role=OFFICER, reason=reason, restriction=mark.id)
     return Done(len(marks), lifted, _note(office, "unrestrict", person, account, reason, received_s))
 
 
@@ -163,7 +164,7 @@ async def _standing(office: Office, opt_outs: OptOuts, entry: Entry, now_s: int)
 async def _audit(office: Office, action: str, person: Person, account: str | None, reason: str, **fields: str) -> None:
     owner = account or PLATFORM
     sids = sorted(office.sids(person, owner))
-    await office.auditor.write(action, role=ROLE, reason=reason, owner=owner, sids=sids, **fields)
+    await office.auditor.write(action, role=OFFICER, reason=reason, owner=owner, sids=sids, **fields)
 
 
 def _note(

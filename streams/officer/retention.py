@@ -23,6 +23,7 @@ from schemas.errors import InputInvalid, LogUnusable, Retriable, StreamveilError
 from schemas.policy import Period
 from streams.config import Config
 from streams.deployment import Deployment
+from streams.keys.wrapping import day_of
 from streams.log.protocol import Log, Stored
 from streams.officer import evidence, holds, offboard, rotation
 from streams.officer.again import again
@@ -227,11 +228,6 @@ async def destroy_due(deployment: Deployment, now_s: int, *, dry: bool) -> Died:
     for day in days:
         persons += (await again(partial(store.bury_day, day, now_s))).persons
     return Died(len(due), persons, tuple(days))
-
-
-def day_of(deadline_s: int) -> str:
-    """Return the destruction day of a deadline: the UTC date of the second before it."""
-    return _date(deadline_s - 1).isoformat()
 
 
 def in_batches(found: list[str]) -> Iterator[list[str]]:
