@@ -30,6 +30,8 @@ CLAUSES = frozenset(
 
 UNTIL_LIFTED = "until lifted"
 NEVER = ("never", "never stored")
+MAX_EXEMPT_MONTHS = 60
+"""No exemption, be it by consent, lasts longer than this after it was given."""
 
 Role = Literal["controller", "processor"]
 DataClass = Literal[
@@ -56,8 +58,9 @@ _E164 = _Form(r"^\+[1-9][0-9]{6,14}\Z", "an E.164 number: '+', country code, 7 t
 _CALLING = _Form(r"^[1-9][0-9]{0,3}\Z", "a country calling code without '+', such as '1'")
 _CLOCK = _Form(r"^([01][0-9]|2[0-3]):[0-5][0-9]\Z", "a local time in quotes such as '21:00'")
 _REFERENCE = _Form(r"^[A-Za-z0-9][A-Za-z0-9 _./-]{0,79}\Z", "1 to 80 letters, digits, ' ', '_', '.', '/', '-'")
+_LANGUAGE = _Form(r"^[a-z]{2,3}\Z", "an ISO 639 code of a language that ships keywords, such as 'fr'")
 _KEYWORD = _Form(r"^(?=.*\w)\S+( \S+){0,7}\Z", "a message of 1 to 8 words, 40 characters in all")
-_FORMS = (_KEYWORD, _NAME, _WORD, _PLACE, _COUNTRY, _E164, _CALLING, _CLOCK, _REFERENCE)
+_FORMS = (_LANGUAGE, _KEYWORD, _NAME, _WORD, _PLACE, _COUNTRY, _E164, _CALLING, _CLOCK, _REFERENCE)
 
 Name = Annotated[str, msgspec.Meta(pattern=_NAME.pattern)]
 Word = Annotated[str, msgspec.Meta(pattern=_WORD.pattern)]
@@ -71,8 +74,10 @@ Increment = Annotated[int, msgspec.Meta(ge=1, le=3600)]
 Minutes = Annotated[int, msgspec.Meta(ge=1, le=1440)]
 MarketingMinutes = Annotated[int, msgspec.Meta(ge=1, le=15)]
 Days = Annotated[int, msgspec.Meta(ge=1, le=366)]
+Months = Annotated[int, msgspec.Meta(ge=0, le=MAX_EXEMPT_MONTHS)]
 Words = Annotated[tuple[Word, ...], msgspec.Meta(min_length=1)]
 Channels = Annotated[tuple[Channel, ...], msgspec.Meta(min_length=1)]
+Language = Annotated[str, msgspec.Meta(pattern=_LANGUAGE.pattern)]
 Countries = Annotated[tuple[Country, ...], msgspec.Meta(min_length=1)]
 Keyword = Annotated[str, msgspec.Meta(pattern=_KEYWORD.pattern, max_length=40)]
 
@@ -221,11 +226,29 @@ class KeywordRule(_Table, frozen=True, kw_only=True):
     clause: str
 
 
+class RevokeAll(_Table, frozen=True, kw_only=True):
+    """From when on a keyword revokes everything: account scope, class all, every channel (47 CFR 64.1200(a)(10)).
+
+    `from`: the first such date, in the policy's time zone. Whom it covers is told by the person's number.
+    """
+
+    from_: date = msgspec.field(name="from")
+    countries: Countries
+    clause: str
+
+
 class ExtraKeywords(_Table, frozen=True, kw_only=True):
     """Whole-message keywords beyond the built-in ones."""
 
     opt_out: tuple[Keyword, ...] = ()
     opt_in: tuple[Keyword, ...] = ()
+    clause: str
+
+
+class Languages(_Table, frozen=True, kw_only=True):
+    """The languages whose keywords act, each a data file of schemas/keywords; English always does."""
+
+    codes: Annotated[tuple[Language, ...], msgspec.Meta(min_length=1)]
     clause: str
 
 
@@ -238,6 +261,18 @@ class RegistryRule(_Table, frozen=True, kw_only=True):
     channels: Channels
     max_age_days: Days
     required: bool = False
+    clause: str
+
+
+class ExemptionTerms(_Table, frozen=True, kw_only=True):
+    """For how many months a purchase or an inquiry lets an account market to a country's listed numbers.
+
+    0: it does not. Consents last as long as each says, and at most `MAX_EXEMPT_MONTHS`.
+    """
+
+    country: Country
+    purchase_months: Months
+    inquiry_months: Months
     clause: str
 
 
@@ -275,8 +310,11 @@ class Screening(_Table, frozen=True, kw_only=True):
 
     optout_blocks: OptoutBlocks = OptoutBlocks(clause="KAL-5")
     keyword: KeywordRule = KeywordRule(clause="REG-3")
+    languages: Languages | None = None
     extra_keywords: ExtraKeywords | None = None
+    revoke_all: RevokeAll | None = None
     registry: tuple[RegistryRule, ...] = ()
+    exemption: tuple[ExemptionTerms, ...] = ()
     quiet_hours: QuietHours | None = None
     not_after_minutes: NotAfterMinutes = NotAfterMinutes(clause="REG-3")
 
@@ -423,6 +461,15 @@ class Policy(_Table, frozen=True, kw_only=True, dict=True):
     def registries(self, channel: str) -> tuple[RegistryRule, ...]:
         """Return the registries asked on a channel, in the order of the document."""
         return self._registries[channel]
+
+    def exemption_terms(self, country: str) -> ExemptionTerms | None:
+        """Return the terms of a country's exemptions; None: a purchase or an inquiry gives none there."""
+        return next((terms for terms in self.screening.exemption if terms.country == country), None)
+
+    def revokes_all(self, country: str | None, day: date) -> bool:
+        """Return whether a keyword of somebody in a country revokes everything on a day; unknown country: it does."""
+        rule = self.screening.revoke_all
+        return rule is not None and day >= rule.from_ and (country is None or country in rule.countries)
 
     def extra_keywords(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Return the opt-out and the opt-in keywords beyond the built-in ones."""
@@ -922,6 +969,13 @@ def _screening_in_words(policy: Policy) -> Iterator[Sentence]:
     keyword = screening.keyword
     effect = f"at {keyword.scope} scope, class {keyword.class_}, for {_listed(keyword.channels)}"
     yield Sentence(f"A keyword such as STOP opts out {effect}", keyword.clause)
+    if screening.languages is not None:
+        codes = screening.languages.codes
+        yield Sentence(f"Keywords act in English and in {_listed(codes)}", screening.languages.clause)
+    revoke = screening.revoke_all
+    if revoke is not None:
+        where = f"in {_listed(revoke.countries)}"
+        yield Sentence(f"From {revoke.from_} on a keyword {where} opts out of everything of the account", revoke.clause)
     extra = screening.extra_keywords
     if extra is not None:
         for does, words in (("opt out", extra.opt_out), ("opt in", extra.opt_in)):
@@ -933,6 +987,12 @@ def _screening_in_words(policy: Policy) -> Iterator[Sentence]:
         yield Sentence(f"{where} is refused to numbers in registry {rule.name}", rule.clause)
         yield Sentence(f"{where} is refused while {rule.name} is older than {_days(rule.max_age_days)}", rule.clause)
         yield Sentence(f"{where}: while {rule.name} is not loaded, {missing}", rule.clause)
+    for terms in screening.exemption:
+        yield Sentence(
+            f"In {terms.country} a purchase lifts registry and quiet hours for {terms.purchase_months} months, an"
+            f" inquiry for {terms.inquiry_months}, a written consent as long as it says; none lifts a person's own opt-out",
+            terms.clause,
+        )
     quiet = screening.quiet_hours
     if quiet is not None:
         when = f"from {quiet.start} to {quiet.end} at the recipient's place"
