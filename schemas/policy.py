@@ -990,7 +990,7 @@ def _screening_in_words(policy: Policy) -> Iterator[Sentence]:
     for terms in screening.exemption:
         yield Sentence(
             f"In {terms.country} a purchase lifts registry and quiet hours for {terms.purchase_months} months, an"
-            f" inquiry for {terms.inquiry_months}, a written consent as long as it says; none lifts a person's own opt-out",
+            f" inquiry for {terms.inquiry_months}, a written consent as long as it says; none lifts a person's opt-out",
             terms.clause,
         )
     quiet = screening.quiet_hours
