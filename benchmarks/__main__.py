@@ -8,8 +8,9 @@ import time
 from benchmarks.common import SMOKE, machine, results
 
 CASES = ("stages", "pipeline", "keys", "log", "reveal", "memory")
-"""Without names these run; `kafka` is a matter of half an hour, `officer` of some minutes and 12 GB of disk."""
-ALL = (*CASES, "officer", "kafka")
+"""Without names these run; `kafka` is a matter of half an hour, `officer`, `screening` and `registry` of some minutes
+and 4 to 12 GB of disk."""
+ALL = (*CASES, "screening", "registry", "suppressions", "officer", "kafka")
 
 
 def main() -> int:

@@ -10,7 +10,7 @@ from benchmarks.common import BATCH, KINDS, Bench, batch, best_us, report
 from processors.decode import decode, parties, timestamp
 from processors.keyring import EpochKey, KeyRing, PersonRef, PersonSecret
 from processors.screen.suppression import Tokens
-from processors.screen.verdict import Subject, verdict
+from processors.screen.verdict import NOBODY, Screen, Subject
 from processors.seal import Entropy, Job, Sealer, seal_each
 from schemas.fields import normalise
 from schemas.inbound import Inbound
@@ -63,12 +63,10 @@ def main() -> None:
                 bench.now_s, ("platform", "account:acme-retail"))
         for record in records
     ]  # fmt: skip
+    screen = Screen(bench.pipeline.policy, bench.registries, bench.view, NOBODY, bench.now_s)
     add(
         "verdict, marketing",
-        lambda: [
-            verdict(subject, bench.view, bench.registries, bench.pipeline.policy, account, None, bench.now_s)
-            for subject in subjects
-        ],
+        lambda: [screen.verdict(subject, account) for subject in subjects],
         "one dict lookup",
         lambda: [bench.view.get(subject.token) for subject in subjects],
     )

@@ -20,6 +20,7 @@ from schemas.fields import (
     is_account,
     is_code,
     is_record_id,
+    is_time_zone,
     values_of,
 )
 from schemas.inbound import CODE_FIELDS, SMS_FIELDS, VOICE_FIELDS, Cdr, Inbound, Preference, Request
@@ -101,8 +102,11 @@ def decode_shape(value: bytes) -> Inbound:
             raise Poison("field_of_other_channel")
     elif _SMS_ONLY(record) != _NO_SMS:
         raise Poison("field_of_other_channel")
-    if type(record) is Request and record.direction == "mo":
-        raise Poison("request_must_be_mt")
+    if type(record) is Request:
+        if record.direction == "mo":
+            raise Poison("request_must_be_mt")
+        if record.time_zone is not None and not is_time_zone(record.time_zone):
+            raise Poison("bad_value:time_zone")
     return record
 
 

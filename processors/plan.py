@@ -13,6 +13,7 @@ from processors.keyring import EpochRef, PersonRef
 from processors.retention import DAY_S, Calendar, Moment, content_expires_s, instant
 from processors.roles import Tags, headers, privacy_object, tags
 from processors.screen.suppression import Tokens
+from processors.screen.verdict import Memo
 from schemas.catalog import CATALOG, Domain
 from schemas.fields import PLATFORM, Party, is_normal, normalise
 from schemas.outbound import Headers
@@ -72,13 +73,14 @@ class Template:
 class Met:
     """A party as an account's records of one month know it: if it is a person, the token and the secrets by owner.
 
-    `digits`: those of a person's number, which a record id must not spell out.
+    `digits`: those of a person's number, which a record id must not spell out. `memo`: what screening knows of it.
     """
 
-    __slots__ = ("account", "digits", "party", "platform", "token")
+    __slots__ = ("account", "digits", "memo", "party", "platform", "token")
 
     def __init__(self, party: Party, token: bytes | None, account_id: str, month: str) -> None:
         self.party = party
+        self.memo: Memo | None = None
         self.digits = party.value[1:] if party.is_person and len(party.value) >= MIN_DIGITS else ""
         self.token = token
         self.account = None if token is None else PersonRef(account_id, token, month)
@@ -188,6 +190,19 @@ class Planner:
                 self._outputs.clear()
             found = self._outputs[slot] = self._output(stream, account_id, now_s)
         return found
+
+    def until(self, stream: str, account_id: str, now_s: int, ends_s: int) -> Template:
+        """Return the template of a stream whose records say themselves when they end: at Unix second `ends_s`.
+
+        Their key is the owner's, of the month in which that is, and dies with it. Made anew: keep it for a batch.
+        Raises PolicyInvalid if the policy has no rule for the stream's data class.
+        """
+        row, moment = CATALOG[stream], self.calendar.moment(ends_s - 1)
+        if row.domain is None:
+            raise ValueError("what is not sealed has no key")
+        tag = tags(self.policy, account_id, row.data_class, _day(now_s))
+        ref = EpochRef(row.domain.value, _owner(tag, account_id), moment.month_epoch)
+        return self._template(stream, account_id, ref, moment.month_end_s, tag)
 
     def _output(self, stream: str, account_id: str, now_s: int) -> Template:
         row = CATALOG[stream]

@@ -40,6 +40,7 @@ class Domain(StrEnum):
     REVIEW = "review"  # account × day
     QUARANTINE = "quarantine"  # platform × day
     HELD = "held"  # platform, one epoch per hold; no person secret
+    EXEMPTION = "exemption"  # account × month in which it ends
 
 
 class Stream(NamedTuple):
@@ -63,6 +64,8 @@ TRAFFIC = "traffic"
 TRAFFIC_CDR = "traffic.cdr"
 BOOKMARKED = "verdicts"
 """On Kafka how far a file is published is an offset of this stream, for a broker lets only readers commit offsets."""
+EXEMPT_HOURS = 1860 * 24
+"""The longest that an exemption lasts (`policy.MAX_EXEMPT_MONTHS`), to the end of its last month, when its key dies."""
 
 # fmt: off
 CATALOG: dict[str, Stream] = {
@@ -85,9 +88,14 @@ CATALOG: dict[str, Stream] = {
         _S("billing.deltas", "per committed batch: pre-aggregated cells", _P.ACCOUNT, None, 35 * 24, "anonymous",
            ("worker",), ("billing",)),
         _S("suppressions", "opt-outs, opt-ins, officer blocks", _P.TOKEN, Domain.SUPPRESSION, None, "suppression",
-           ("worker", "officer"), ("worker", "egress", "dpo"), followers=("officer",), compacted=True),
+           ("worker", "officer", "operator"), ("worker", "egress", "dpo"), followers=("officer", "operator"),
+           compacted=True),  # operators: the opt-out that a near miss was meant as
+        _S("exemptions", "why an account may market to a listed number; never above an opt-out", _P.TOKEN,
+           Domain.EXEMPTION, EXEMPT_HOURS, "contact_list",
+           ("officer", "operator"), ("operator", "dpo"), followers=("worker", "officer")),
         _S("review", "near-miss opt-outs", _P.SAME, Domain.REVIEW, 30 * 24, "content",
-           ("worker",), ("operator", "dpo"), _T.DAY, followers=("officer",)),
+           ("worker", "operator"), ("operator", "dpo"), _T.DAY,
+           followers=("officer", "worker")),  # workers: whose clock has run out
         _S("held", "records under legal hold, re-sealed", _P.SAME, Domain.HELD, None, "held",
            ("officer",), ("dpo",), followers=("officer",)),
         _S("quarantine", "records that could not be understood, whole", _P.SAME, Domain.QUARANTINE, 7 * 24,

@@ -56,6 +56,10 @@ class LogBusy(Retriable):
     """The log is locked by another process."""
 
 
+class Gathering(LogBusy):
+    """The entries of a stream are being gathered into a snapshot; nothing is cleared before it is there."""
+
+
 class LogFull(Retriable):
     """The disk of the log is full; free some space."""
 

@@ -11,6 +11,8 @@ from decimal import Decimal
 from enum import StrEnum
 from functools import lru_cache
 from typing import Any, Final, get_type_hints
+from urllib.parse import unquote
+from zoneinfo import available_timezones
 
 import msgspec
 import phonenumbers
@@ -110,6 +112,20 @@ def is_record_id(text: str) -> bool:
     return 0 < len(text) <= 128 and text.isascii() and text.isprintable()
 
 
+@lru_cache(maxsize=1)
+def _time_zones() -> frozenset[str]:
+    return frozenset(available_timezones()) - _NO_ZONES
+
+
+_NO_ZONES = frozenset({"Factory", "localtime"})
+"""Names that computers know and that say nothing."""
+
+
+def is_time_zone(text: str) -> bool:
+    """Return whether a text is the IANA name of a time zone, such as `America/Boise`. The first call reads the disk."""
+    return text in _time_zones()
+
+
 REASON = re.compile(r"[A-Za-z0-9_/-]{1,40}")
 """The letters of a reason: a code or case reference, never free text (the fixed command line)."""
 
@@ -177,21 +193,34 @@ _WITHHELD = frozenset(
 )
 _ALPHANUMERIC = re.compile(r"(?=.*[A-Za-z])[A-Za-z0-9 !\"#$%&'()*+,./:;<=>?_-]{1,11}")
 _EMAIL = re.compile(r"[^@\s<>\"]{1,64}@[^@\s<>\"]{1,255}")
-_SEPARATORS = re.compile(r"[\s().\-/\u2010-\u2015\u00a0]+")
-_EXTENSION = re.compile(r"(?:;ext=|\s*(?:ext\.?|x)\s*|,+|#)\d{1,7}$", re.IGNORECASE)
+_IN_BRACKETS = re.compile(r"[^<>]*<([^<>]+)>(?:;.*)?")
+_SCHEMES = ("sip:", "sips:", "tel:", "mailto:")
+_PORT = re.compile(r":[0-9]*$")
+_CONTEXT = re.compile(r";phone-context=(\+[0-9().\-]+)")
+_SEPARATORS = re.compile(r"[\s().\-/\[\]_~\u00b7\u2010-\u2015\u2053\u2212\u223c\u30fb\u30fc]+")
+_TRUNK_ZERO = re.compile(r"\(\s*0\s*\)")
+_EXTENSION = re.compile(r"(?:[\s,]*(?:extension|extn?\.?|x|доб\.?)[\s.:]*|,+|#)[0-9]{1,7}#?$", re.IGNORECASE)
+_REREADINGS = 16
+_PLUSES = re.compile(r"^\++")
+_ALIKE = str.maketrans({"\u2795": "+", "\ufe0f": None, "\u20e3": None, "\u3002": "."})
+"""What looks like something of ASCII and is not made it by NFKC: a heavy plus, the parts of a keycap, a full stop."""
 
 
 def normalise(raw: str, region: str | None = None) -> Party:
     """Return the party behind an address as a gateway wrote it; same person, same result.
 
     `region` (ISO 3166-1 alpha-2) reads national numbers; without one, digits that are a possible international
-    number are taken as one. Never raises. A well-formed `+…` costs well under 1 µs; anything else goes through
-    the phone-number library once and then through a bounded cache.
+    number are taken as one. Letters are never read as digits: a name would become somebody's number. Never raises. A
+    well-formed `+…` costs well under 1 µs; anything else goes through the phone-number library once and then through
+    a bounded cache.
     """
     known = _recent.get(raw)
     if known is not None:
         return known
-    party = Party(_NUMBER, raw, is_person=True) if _E164(raw) else _normalise_slowly(raw, region)
+    if _E164(raw) and not _has_trunk_prefix(raw):
+        party = Party(_NUMBER, raw, is_person=True)
+    else:
+        party = _normalise_slowly(raw, region)
     if is_normal(raw, party):
         if len(_recent) >= _RECENT:
             _recent.clear()
@@ -204,47 +233,149 @@ def is_normal(raw: str, party: Party) -> bool:
     return party.value == raw and party.kind in _ALIKE_EVERYWHERE
 
 
+def _has_trunk_prefix(number: str) -> bool:
+    """Return whether a national prefix may stand behind the calling code, as in +44 0 20…; milliseconds once a code."""
+    start = number[1:4]
+    prefix, end = _trunk_prefixes.get(start) or _trunk_prefix(start)
+    found = prefix(number, end)
+    return found is not None and found.end() > end
+
+
+_trunk_prefixes: dict[str, tuple[Callable[[str, int], re.Match[str] | None], int]] = {}
+"""First three digits to what finds the national prefix, and where in a number it stands."""
+
+
+def _trunk_prefix(start: str) -> tuple[Callable[[str, int], re.Match[str] | None], int]:
+    pattern, end = "(?!)", 4
+    for digits in (1, 2, 3):
+        code = int(start[:digits])
+        if code in phonenumbers.COUNTRY_CODE_TO_REGION_CODE:
+            region = phonenumbers.region_code_for_country_code(code)
+            metadata = phonenumbers.PhoneMetadata.metadata_for_region_or_calling_code(code, region)
+            pattern, end = (metadata and metadata.national_prefix_for_parsing) or pattern, digits + 1
+            break
+    found = _trunk_prefixes[start] = re.compile(pattern).match, end
+    return found
+
+
 @lru_cache(maxsize=16384)
 def _normalise_slowly(raw: str, region: str | None) -> Party:
-    text = unicodedata.normalize("NFKC", raw).strip().strip("\u200e\u200f\u202a\u202c").strip()
+    text = _plain(raw)
     if not text or text.lower() in _WITHHELD:
         return NOBODY
-    lowered = text.lower()
-    if lowered.startswith(("sip:", "sips:", "tel:")):
-        user = lowered.split(":", 1)[1].split(";", 1)[0]
-        inner = _number(user.split("@", 1)[0], region)
-        return inner or _party(Kind.SIP, user)
+    bracketed = _IN_BRACKETS.fullmatch(text)
+    if bracketed is not None:
+        text = bracketed[1]
+    scheme = next((scheme for scheme in _SCHEMES if text[:7].lower().startswith(scheme)), "")
+    if scheme:
+        text = _plain(unquote(text[len(scheme) :], errors="replace"))
+    if scheme in ("sip:", "sips:"):
+        return _sip(text, region)
     if _EMAIL.fullmatch(text):
-        return _party(Kind.EMAIL, lowered)
+        return _party(Kind.EMAIL, _email(text))
     number = _number(text, region)
     if number is not None:
         return number
-    compact = _SEPARATORS.sub("", text)
-    if compact.isdigit() and compact.isascii() and len(compact) <= 6:
+    if scheme == "tel:":
+        text = text.partition(";")[0].strip()
+    compact = _PLUSES.sub("+", _SEPARATORS.sub("", text))
+    if _is_digits(compact) and len(compact) <= 6:
         return _party(Kind.SHORT_CODE, compact)
     if _ALPHANUMERIC.fullmatch(text) and sum(map(str.isdigit, text)) < 7:
         return _party(Kind.ALPHANUMERIC, text)
-    return _party(Kind.UNKNOWN, lowered)
+    if _E164(compact):
+        return _party(Kind.NUMBER, compact)
+    if _is_digits(compact.removeprefix("+")):
+        return _party(Kind.UNKNOWN, compact)
+    return _party(Kind.UNKNOWN, _plain(text.lower())) if text else NOBODY
+
+
+def _plain(text: str) -> str:
+    """Return a text in compatible characters, digits as ASCII, nothing invisible in it, and no blank at its ends."""
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text).translate(_ALIKE)
+        text = "".join(
+            str(unicodedata.decimal(char)) if char.isdecimal() else char
+            for char in text
+            if char.isascii() or unicodedata.category(char) != "Cf"
+        )
+        text = unicodedata.normalize("NFKC", text)
+    return text.strip()
+
+
+def _is_digits(text: str) -> bool:
+    return text.isascii() and text.isdigit()
+
+
+def _email(text: str) -> str:
+    """Return an e-mail address in small letters, the labels of its domain as the DNS has them."""
+    local, _, domain = text.lower().rpartition("@")
+    labels = domain.removesuffix(".").split(".")
+    return f"{local}@{'.'.join(map(_label, labels))}"
+
+
+def _label(label: str) -> str:
+    if label.isascii():
+        return label
+    try:
+        return f"xn--{unicodedata.normalize('NFKC', label).encode('punycode').decode()}"
+    except UnicodeError:
+        return label
+
+
+def _sip(text: str, region: str | None) -> Party:
+    """Return the party of a SIP address: that of the number in front of its `@`, else user and host."""
+    user, at, host = text.partition("@")
+    if not at:
+        user, host = "", user
+        found = _number(host, region)
+    else:
+        found = _number(user, region)
+    if found is not None:
+        return found
+    host = _PORT.sub("", re.split(r"[;?]", host, maxsplit=1)[0])
+    name = user.partition(";")[0].partition(":")[0]
+    return _party(Kind.SIP, _email(f"{name}@{host}") if at else host.lower())
 
 
 def _number(text: str, region: str | None) -> Party | None:
-    compact = _SEPARATORS.sub("", _EXTENSION.sub("", text))
-    digits = compact.removeprefix("+")
-    if not (digits.isdigit() and digits.isascii()) or len(digits) < 7:
+    context = _CONTEXT.search(text)
+    text = _EXTENSION.sub("", text.partition(";")[0])
+    if context is not None and not text.lstrip().startswith("+"):
+        text = context[1] + text
+    compact = _PLUSES.sub("+", _SEPARATORS.sub("", text))
+    if not _is_digits(digits := compact.removeprefix("+")) or len(digits) < 7:
         return None
+    spellings = [compact]
+    if _TRUNK_ZERO.search(text):  # where the zero is no trunk prefix, it may still stand there by habit
+        spellings.append(_PLUSES.sub("+", _SEPARATORS.sub("", _TRUNK_ZERO.sub("", text, count=1))))
     possible: Party | None = None
-    for candidate, assumed in _readings(compact, region):
+    for candidate, assumed in (reading for spelling in spellings for reading in _readings(spelling, region)):
         try:
             parsed = phonenumbers.parse(candidate, assumed)
         except phonenumbers.NumberParseException:
             continue
-        party = _party(Kind.NUMBER, phonenumbers.format_number(parsed, phonenumbers.PhoneNumberFormat.E164))
+        party = _party(Kind.NUMBER, _e164(parsed))
         if phonenumbers.is_valid_number(parsed):
             return party
         reason = phonenumbers.is_possible_number_with_reason(parsed)
         if possible is None and reason == phonenumbers.ValidationResult.IS_POSSIBLE:
             possible = party
     return possible
+
+
+def _e164(parsed: phonenumbers.PhoneNumber) -> str:
+    """Return a number in E.164, as it is read again: of one that is not valid, reading may take another zero off."""
+    for _ in range(_REREADINGS):
+        text = phonenumbers.format_number(parsed, phonenumbers.PhoneNumberFormat.E164)
+        try:
+            again = phonenumbers.parse(text)
+        except phonenumbers.NumberParseException:
+            break
+        if again == parsed:
+            break
+        parsed = again
+    return text
 
 
 def _readings(compact: str, region: str | None) -> Iterable[tuple[str, str | None]]:

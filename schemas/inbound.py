@@ -83,6 +83,7 @@ class Request(Communication, frozen=True, kw_only=True, gc=False, tag="request")
     """A communication about to be sent: it gets a verdict."""
 
     purpose: Annotated[Purpose, field_class(_P.BILLING)]
+    time_zone: Annotated[Text64 | None, field_class(_P.PERSON)] = None
 
 
 class Cdr(Communication, frozen=True, kw_only=True, gc=False, tag="cdr"):

@@ -20,6 +20,7 @@ from phonenumbers import SUPPORTED_REGIONS
 from schemas.errors import PolicyInvalid
 from schemas.fields import PLATFORM, is_account, is_code
 from schemas.inbound import Channel, Purpose, SuppressionClass, SuppressionScope
+from schemas.languages import is_assent, languages
 
 CLAUSES = frozenset(
     f"{family}-{number}"
@@ -471,6 +472,11 @@ class Policy(_Table, frozen=True, kw_only=True, dict=True):
         rule = self.screening.revoke_all
         return rule is not None and day >= rule.from_ and (country is None or country in rule.countries)
 
+    def languages(self) -> tuple[str, ...]:
+        """Return the codes of the languages whose keywords act beside English."""
+        rule = self.screening.languages
+        return () if rule is None else rule.codes
+
     def extra_keywords(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Return the opt-out and the opt-in keywords beyond the built-in ones."""
         extra = self.screening.extra_keywords
@@ -708,11 +714,15 @@ def _check_screening(policy: Policy) -> None:
         if registry.clause == "REG-2" and registry.max_age_days > 31:
             raise _Refused((*path, "max_age_days"), "'max_age_days' is at most 31 under REG-2")
         _check_countries((*path, "country"), (registry.country,))
+    for index, code in enumerate(policy.languages()):
+        if code not in languages():
+            where = ("screening", "languages", "codes", index)
+            raise _Refused(where, f"no keywords ship for this language; those that do: {', '.join(languages())}")
     opt_out, opt_in = policy.extra_keywords()
     for index, word in enumerate(opt_in):
-        if word.strip().casefold() in {"yes", "go", *(known.casefold() for known in opt_out)}:
+        if is_assent(word) or word.strip().casefold() in {known.casefold() for known in opt_out}:
             where = ("screening", "extra_keywords", "opt_in", index)
-            raise _Refused(where, "an opt-in keyword must not be YES or GO, nor an opt-out keyword")
+            raise _Refused(where, "an opt-in keyword must not be YES, GO or their like, nor an opt-out keyword")
     quiet = policy.screening.quiet_hours
     if quiet is not None:
         if quiet.start == quiet.end:

@@ -173,6 +173,11 @@ class Config(NamedTuple):
         return self.folder / "registries"
 
     @property
+    def entries_dir(self) -> Path:
+        """The folder of the snapshots of opt-outs and exemptions."""
+        return self.folder / "entries"
+
+    @property
     def watch_path(self) -> Path:
         """The folder of the workers' metrics, in one folder per `run`."""
         return self.folder / "watch"

@@ -4,7 +4,10 @@ import fcntl
 import hashlib
 import itertools
 import os
+import pickle
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -25,7 +28,9 @@ from streams.keys.store import KeyStore
 from streams.log.kafka import KafkaLog
 from streams.log.protocol import Log
 from streams.log.sqlite import SqliteLog
+from streams.state.entries import EXEMPTIONS, SUPPRESSIONS, EntryTail, Kept
 from streams.state.registries import Registries
+from streams.state.snapshots import Child, Snapshots
 from streams.watch.watch import denied
 
 BUSY_S = 10.0
@@ -78,6 +83,7 @@ class Deployment:
         self._auditor: Auditor | None = None
         self.tokens = Tokens(*store.token_keys().current)
         self.pipeline = Pipeline(self.planner, self.tokens)
+        self._snapshots = Snapshots(config.entries_dir, store.store_id, partial(_gathering, config, store.store_id))
 
     @classmethod
     @asynccontextmanager
@@ -104,7 +110,11 @@ class Deployment:
                 )
             store = open_store(config, create=not outdated, busy_s=busy_s, outdated=outdated)
             try:
-                yield cls(config, log, store)
+                deployment = cls(config, log, store)
+                try:
+                    yield deployment
+                finally:
+                    deployment._snapshots.close()
             finally:
                 store.close()
         finally:
@@ -113,6 +123,20 @@ class Deployment:
     def registries(self) -> Registries:
         """Return the loaded registries."""
         return Registries(self.config.registries_dir)
+
+    def suppressions(self, *, waits: bool = True) -> EntryTail:
+        """Return the opt-outs and blocks of everybody, under the token key of `tokens`; nothing is read yet.
+
+        While a first snapshot of many is made, it `waits`, and says so on standard error; or else it raises Gathering.
+        """
+        return self._entries(SUPPRESSIONS, waits=waits)
+
+    def exemptions(self, *, waits: bool = True) -> EntryTail:
+        """Return the exemptions of everybody, as `suppressions`."""
+        return self._entries(EXEMPTIONS, waits=waits)
+
+    def _entries(self, kept: Kept, *, waits: bool) -> EntryTail:
+        return EntryTail(self.log, kept, self.tokens.version, self._snapshots, told=_say if waits else None)
 
     def keys(self, *, rotating: bool = False) -> tuple[KeyCache, KeyLease]:
         """Return a key cache and its lease, for a process that seals. Raises TokensChange, but not to who rotates.
@@ -158,7 +182,15 @@ class Deployment:
     def revealer(self) -> Revealer:
         """Return the library that opens sealed records, for the user this process runs as."""
         told = partial(denied, self.config.watch_path)
-        return Revealer(self.log, self.store, self.planner, self.who(), self.auditor(), on_denied=told)
+        return Revealer(
+            self.log,
+            self.store,
+            self.planner,
+            self.who(),
+            self.auditor(),
+            on_denied=told,
+            suppressions=self.suppressions(waits=False),
+        )
 
     def who(self) -> Principal:
         """Return the user this process runs as, with the grants that are theirs. Reads files."""
@@ -171,6 +203,20 @@ class Deployment:
             name = self.who().name
             self._auditor = Auditor(self.log, self.store.ledger, self.planner, name, sequence=self.store.sequence)
         return self._auditor
+
+
+def _gathering(config: Config, store_id: str, stream: str, version: int) -> Child:
+    """Start a child that makes the snapshot of a stream's entries under a token key. Does not block."""
+    child = subprocess.Popen((sys.executable, "-m", "streams.gather"), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    if child.stdin is not None:
+        with suppress(BrokenPipeError):
+            child.stdin.write(pickle.dumps((config, store_id, stream, version, os.getpid())))
+            child.stdin.close()
+    return child
+
+
+def _say(what: str) -> None:
+    sys.stderr.write(f"streamveil: waiting: {what}\n")
 
 
 @contextmanager

@@ -21,8 +21,19 @@ import orjson
 
 from processors.keyring import Needs
 from processors.pipeline import Pipeline, seal_change
+from processors.plan import Template
 from processors.retention import instant
-from processors.screen.suppression import MAX_AHEAD_S, TOKEN_MARK, Change, Overlay, Rule, hidden, parse_key, scope_id
+from processors.screen.suppression import (
+    MAX_AHEAD_S,
+    TOKEN_MARK,
+    Beneath,
+    Change,
+    Overlay,
+    Rule,
+    hidden,
+    parse_key,
+    scope_id,
+)
 from processors.seal import ENTROPY_BYTES, Entropy, Sealer
 from schemas.catalog import partition_for
 from schemas.errors import InputInvalid, KeysUnusable
@@ -34,8 +45,9 @@ from streams.keys.cache import KeyCache
 from streams.keys.reveal import State
 from streams.keys.roles import OFFICER, only_officer
 from streams.log.protocol import Stored
-from streams.state.suppressions import STREAM, SuppressionTail
+from streams.state.entries import MANY, SUPPRESSIONS
 
+STREAM: Final = SUPPRESSIONS.stream
 CLASSES: Final = get_args(SuppressionClass)
 CHANNELS: Final = get_args(Channel)
 _BLOCKS: Final = "officer"
@@ -111,7 +123,7 @@ class OptOuts:
         self._deployment = deployment
         self._policy = deployment.config.policy
         self._tokens = deployment.pipeline.tokens
-        self._tail = SuppressionTail(deployment.log, self._tokens.version)
+        self._tail = deployment.suppressions()
         # how an export names a sender, of whom only the token is known: good for this token key only
         self._token_prefix = f"token:{deployment.store.store_id[:8]}.{self._tokens.version}:"
 
@@ -316,6 +328,8 @@ class OptOuts:
                     wrong += 1
                     bad(number, error.column)
             written += await self._apply(changes, now_s)
+            if len(self._tail.view) > MANY:  # what is in a snapshot leaves memory
+                await self._tail.catch_up()
             advance(read_bytes)
             read_bytes = 0
         return Loaded(number - 1, written, wrong)
@@ -330,9 +344,7 @@ class OptOuts:
             raise EntryInvalid("reason")
         await self.catch_up()
         revealer = self._deployment.revealer()
-        standing = await self._records()
-        for at in range(0, len(standing), _PAGE):
-            page = standing[at : at + _PAGE]
+        async for page in self._standing():
             opened = await revealer.reveal([stored for stored, _, _ in page], reason)
             rows = []
             for (stored, rule, event_s), result in zip(page, opened, strict=True):
@@ -346,24 +358,32 @@ class OptOuts:
                 rows.append([result.fields["number"], *cells, *rule[1:], why, instant(event_s)])
             yield rows
 
-    async def _records(self) -> list[tuple[Stored, Rule, int]]:
-        """Return the latest record of each opt-out that stands, with its rule and event time (Unix s)."""
-        log, latest = self._deployment.log, dict[bytes, Stored]()
-        ends = await log.end_offsets(STREAM)
-        for partition, offset in enumerate(await log.begin_offsets(STREAM)):
-            at = offset
-            while at < ends[partition] and (
-                page := await log.read(STREAM, partition, at, CHUNK_LINES, ends[partition])
-            ):
-                latest.update((stored.key or b"", stored) for stored in page)
-                at = page[-1].offset + 1
-        found = []
-        for key, stored in latest.items():
-            version, token, rule, out = parse_key(key)
-            state = (self._tail.view.get(token) or {}).get(rule)
-            if version == self._tokens.version and out and state is not None and state.out:
-                found.append((stored, rule, state.event_s))
-        return found
+    async def _standing(self) -> AsyncIterator[list[tuple[Stored, Rule, int]]]:
+        """Yield the latest record of each opt-out that stands, with its rule and event time (Unix s), page by page.
+
+        From the end of each partition to its beginning: the first that is met is the latest. Memory: a bit for each
+        entry of the snapshot, and what has changed since.
+        """
+        log, view, known = self._deployment.log, self._tail.view, _Met(self._tail.view.snapshot)
+        begins, ends = await log.begin_offsets(STREAM), await log.end_offsets(STREAM)
+        found: list[tuple[Stored, Rule, int]] = []
+        for partition, (begin, last) in enumerate(zip(begins, ends, strict=True)):
+            end = last
+            while end > begin:
+                at = max(begin, end - _PAGE)
+                for stored in reversed(await log.read(STREAM, partition, at, _PAGE, end)):
+                    version, token, rule, out = parse_key(stored.key or b"")
+                    if stored.offset >= end or version != self._tokens.version or not out:
+                        continue
+                    state = (view.get(token) or {}).get(rule)
+                    if state is not None and state.out and known.is_first(token, rule):
+                        found.append((stored, rule, state.event_s))
+                end = at
+                if len(found) >= _PAGE:
+                    yield found[:_PAGE]
+                    del found[:_PAGE]
+        if found:
+            yield found
 
     def _scope_cells(self, scope: str) -> tuple[str, str, str]:
         """Return the cells account, sender and campaign of a scope."""
@@ -372,6 +392,27 @@ class OptOuts:
         if kind == "sender" or name.startswith(TOKEN_MARK):
             name = self._token_prefix + name.removeprefix(TOKEN_MARK)
         return account, name if kind == "sender" else "", name if kind == "campaign" else ""
+
+
+class _Met:
+    """Which entries have been met: one bit for each of a snapshot, and the others by name."""
+
+    def __init__(self, snapshot: Beneath | None) -> None:
+        self._snapshot = snapshot
+        self._bits = bytearray(0 if snapshot is None else -(-len(snapshot) // 8))
+        self._others: set[tuple[bytes, Rule]] = set()
+
+    def is_first(self, token: bytes, rule: Rule) -> bool:
+        """Note an entry, and return whether it had not been met before."""
+        row = None if self._snapshot is None else self._snapshot.row_of(token, rule)
+        if row is not None:
+            is_new = not self._bits[row >> 3] >> (row & 7) & 1
+            self._bits[row >> 3] |= 1 << (row & 7)
+            return is_new
+        if (token, rule) in self._others:
+            return False
+        self._others.add((token, rule))
+        return True
 
 
 async def write(
@@ -390,11 +431,17 @@ async def write(
     if epoch is None:
         raise KeysUnusable("the key of opt-outs was destroyed; none can be written")
     entropy = Entropy(os.urandom(ENTROPY_BYTES))
+    sealers: dict[Template, Sealer] = {}
+
+    def sealer(of: Template) -> Sealer:
+        found = sealers.get(of)
+        if found is None:
+            found = sealers[of] = Sealer(ring, entropy, of.stream, of.account, epoch)
+        return found
+
     outputs: dict[int, list[Message]] = {}
     for change in changes:
-        message = seal_change(
-            pipeline, lambda one: Sealer(ring, entropy, one.stream, one.account, epoch), change, now_s
-        )
+        message = seal_change(pipeline, sealer, change, now_s)
         outputs.setdefault(partition_for(change.token, deployment.log.partitions), []).append(message)
     check = keys.guard(deployment.margin_s)
     check()

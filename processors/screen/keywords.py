@@ -1,8 +1,11 @@
 """Opt-out and opt-in keywords in inbound SMS (REG-3): the whole message only; near misses go to a human.
 
-Folding: NFKC, casefold, white space and punctuation trimmed at both ends, inner white space one blank. A
-message that then equals a keyword acts. A short message that holds an opt-out word, or is one edit away from
-one, is NEAR: it changes nothing until an operator decides. YES and GO never lift anything.
+Which words: those of schemas/keywords, a file for each language, and a policy's own; a word listed as both opts out.
+Folding: NFKC, casefold, one letter I with and without a dot, invisible characters dropped, white space and punctuation
+trimmed at both ends, inner white space one blank. A message that then equals a keyword acts. Near, which changes
+nothing until an operator decides, is a short message that holds an opt-out word or is one edit away from one, and any
+message with a phrase such as "don't text". YES and its like never lift anything. What this finds and what it misses is
+measured in docs/keywords.md.
 """
 
 import re
@@ -12,25 +15,21 @@ from enum import StrEnum
 from typing import Final
 
 from schemas.errors import PolicyInvalid
+from schemas.languages import ALWAYS, is_assent, language
 
-OPT_OUT: Final = (
-    *("STOP", "STOPALL", "STOP ALL", "UNSUBSCRIBE", "UNSUB", "CANCEL", "END", "QUIT", "REVOKE"),
-    *("OPTOUT", "OPT OUT", "OPT-OUT", "REMOVE", "ARRET", "ARRÊT", "TD"),
-)
-OPT_IN: Final = ("START", "UNSTOP")
-NEVER_OPT_IN: Final = frozenset({"yes", "go"})
-
-MAX_MESSAGE: Final = 160
-"""Characters; a longer message (padding aside) is never a keyword and is not folded."""
+MAX_MESSAGE: Final = 480
+"""Characters, three parts of an SMS; a longer message (padding aside) asks for nothing, and is not folded."""
 MAX_SHORT: Final = 64
 MAX_WORDS: Final = 8
-"""A near miss, and a keyword, has at most this many characters and words after folding."""
+"""A keyword, and a message that is near for holding one, has at most this many characters and words after folding."""
 MIN_TYPO: Final = 4
 """Keywords shorter than this have too many real words one edit away."""
 
 _OUTER_ASCII = "".join(char for char in map(chr, range(128)) if not char.isalnum())
-_OUTER_CATEGORIES = frozenset({"Cc", "Cf", "Pc", "Pd", "Pe", "Pf", "Pi", "Po", "Ps", "Zl", "Zp", "Zs"})
-"""What is trimmed: white space, punctuation, invisible characters; of ASCII, all but letters and digits."""
+_OUTER_CATEGORIES = frozenset({"Cc", "Pc", "Pd", "Pe", "Pf", "Pi", "Po", "Ps", "Zl", "Zp", "Zs"})
+"""What is trimmed: white space and punctuation; of ASCII, all but letters and digits."""
+_VARIATION = "\ufe0e\ufe0f"
+"""How an emoji is to be drawn."""
 
 
 class Match(StrEnum):
@@ -43,41 +42,53 @@ class Match(StrEnum):
 
 
 class Keywords:
-    """The defaults and a policy's extra words. Raises PolicyInvalid for a word that can never be one."""
+    """The keywords of English, of other languages, and of a policy. Raises PolicyInvalid for what can never be one."""
 
-    __slots__ = ("_exact", "_phrase", "_typos")
+    __slots__ = ("_asks", "_exact", "_phrase", "_typos")
 
-    def __init__(self, opt_out: Iterable[str] = (), opt_in: Iterable[str] = ()) -> None:
-        """Take the extra words; a word in both lists opts out."""
-        outs = {_keyword(word) for word in (*OPT_OUT, *opt_out)}
-        ins = {_keyword(word) for word in (*OPT_IN, *opt_in)}
-        if ins & NEVER_OPT_IN:
-            raise PolicyInvalid("YES and GO may not be opt-in keywords: remove them")
-        self._exact = dict.fromkeys(ins, Match.OPT_IN) | dict.fromkeys(outs, Match.OPT_OUT)
-        any_word = "|".join(sorted(map(re.escape, outs), key=len, reverse=True))
-        self._phrase = re.compile(rf"(?<!\w)(?<!\w-)(?:{any_word})(?!\w|-\w)")
+    def __init__(self, languages: Iterable[str] = (), opt_out: Iterable[str] = (), opt_in: Iterable[str] = ()) -> None:
+        """Take languages by their codes (English is one of them anyway) and a policy's extra words."""
+        files = [language(code) for code in dict.fromkeys((ALWAYS, *languages))]
+        extra = {_keyword(word) for word in opt_out}
+        ins = {_keyword(word) for words in (*(file.opt_in for file in files), opt_in) for word in words}
+        if any(map(is_assent, ins)):
+            raise PolicyInvalid("an opt-in keyword may not begin with a word of assent such as YES or GO: remove it")
+        outs = {_keyword(word) for file in files for word in file.opt_out}
+        everyday = {_keyword(word) for file in files for word in file.everyday}
+        self._exact = dict.fromkeys(ins, Match.OPT_IN) | dict.fromkeys(outs | extra, Match.OPT_OUT)
+        near = (outs - everyday) | extra
+        self._phrase = _any_of(near)
+        self._asks = _any_of({_keyword(phrase) for file in files for phrase in file.near})
         self._typos: dict[int, list[str]] = {}
-        for word in sorted(outs):
+        for word in sorted(near):
             for length in (len(word) - 1, len(word), len(word) + 1) if len(word) >= MIN_TYPO else ():
                 self._typos.setdefault(length, []).append(word)
 
     def match(self, text: str | None) -> Match:
-        """Return what a message asks for. Never raises; about 1 µs, and far less for long texts."""
+        """Return what a message asks for. Never raises; some µs, and far less for long texts."""
         if not text:
             return Match.NONE
         text = text.strip(_OUTER_ASCII)
         if len(text) > MAX_MESSAGE:
             return Match.NONE
-        words = _folded(text).split(None, MAX_WORDS)
-        if len(words) > MAX_WORDS or len(folded := " ".join(words)) > MAX_SHORT:
-            return Match.NONE
-        return self._exact.get(folded) or (Match.NEAR if self._near(folded) else Match.NONE)
+        folded = " ".join(_folded(text).split())
+        if len(folded) <= MAX_SHORT and folded.count(" ") < MAX_WORDS:
+            found = self._exact.get(folded)
+            if found is not None:
+                return found
+            if self._phrase.search(folded) or self._misspelt(folded):
+                return Match.NEAR
+        return Match.NEAR if self._asks.search(folded) else Match.NONE
 
-    def _near(self, folded: str) -> bool:
-        if self._phrase.search(folded):
-            return True
-        typos = self._typos.get(len(folded))
-        return typos is not None and any(_one_edit(folded, word) for word in typos)
+    def _misspelt(self, folded: str) -> bool:
+        return any(_one_edit(folded, word) for word in self._typos.get(len(folded), ()))
+
+
+def _any_of(words: Iterable[str]) -> re.Pattern[str]:
+    """Return what finds any of the words, standing apart, in a folded message; their apostrophes may be left out."""
+    longest_first = sorted(words, key=len, reverse=True)
+    any_word = "|".join(re.escape(word).replace("'", "['’]?") for word in longest_first)
+    return re.compile(rf"(?<!\w)(?<!\w-)(?:{any_word})(?!\w|-\w)")
 
 
 def _folded(text: str) -> str:
@@ -85,6 +96,8 @@ def _folded(text: str) -> str:
     if text.isascii():
         return text.lower()
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    text = text.replace("i\u0307", "i").replace("ı", "i")
+    text = "".join(char for char in text if char not in _VARIATION and unicodedata.category(char) != "Cf")
     start, end = 0, len(text)
     while start < end and _is_outer(text[start]):
         start += 1

@@ -1,5 +1,7 @@
 """Quiet hours at the recipient's location (REG-3), by the time zones that a number's first digits allow.
 
+Where the account says where a person is, that one zone takes their place (`Screen`).
+
 Where a country's numbers, mobiles included, belong to areas, a number may be in any zone of its area;
 elsewhere in any zone of its country; where nothing is known, it is always quiet. Quiet is what the clock on
 the wall says: `start` ≤ local time < `end`, which may lie across midnight. Zone rules are Python's IANA data.
@@ -67,12 +69,11 @@ class QuietHours:
         self._now_s = now_s
         self._states: dict[tuple[str, ...], tuple[bool, int]] = {}
 
-    def state(self, number: str) -> tuple[bool, int]:
-        """Return whether it is quiet now anywhere the number may be, and the first quiet instant from now on.
+    def state(self, zones: tuple[str, ...]) -> tuple[bool, int]:
+        """Return whether it is quiet now in any of the zones, and the first quiet instant from now on.
 
-        In Unix seconds; now itself when it is quiet.
+        In Unix seconds; now itself when it is quiet. Without a zone, or with one that is not known, it always is.
         """
-        zones = zones_for(number)
         state = self._states.get(zones)
         if state is None:
             known = _load(zones)
@@ -80,12 +81,12 @@ class QuietHours:
             state = self._states[zones] = (start_s == self._now_s, start_s)
         return state
 
-    def ends_s(self, number: str) -> int | None:
-        """Return the first instant from now on (Unix s) that is quiet nowhere the number may be.
+    def ends_s(self, names: tuple[str, ...]) -> int | None:
+        """Return the first instant from now on (Unix s) that is quiet in none of the zones.
 
-        None if there is none within two days, or nothing is known of the number. Not memoised: µs a zone.
+        None if there is none within two days, or no zone is known. Not memoised: µs a zone.
         """
-        zones = _load(zones_for(number))
+        zones = _load(names)
         at_s = self._now_s
         while zones and at_s <= self._now_s + COMMON_END_S:
             later_s = max(self._first(zone, at_s, quiet=False) for zone in zones)
@@ -132,5 +133,5 @@ def _load(names: tuple[str, ...]) -> tuple[ZoneInfo, ...]:
     """Return the zones named, or none at all if this computer does not know one of them."""
     try:
         return tuple(map(ZoneInfo, names))
-    except ZoneInfoNotFoundError:
+    except (ZoneInfoNotFoundError, ValueError, OSError):
         return ()

@@ -8,8 +8,9 @@ both and can never leave an opt-in that did not count in place of the opt-out it
 
 import hashlib
 import re
-from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from struct import Struct
+from typing import Final, NamedTuple, Protocol
 
 from schemas.fields import is_code
 
@@ -61,6 +62,13 @@ Entries = Mapping[Rule, State]
 """All entries of one person."""
 
 
+class Fold(Protocol):
+    """How the next record of an entry, in log order, changes its state; None: there is none."""
+
+    def __call__(self, state: State | None, *, out: bool, event_s: int) -> State | None:
+        """Return the state afterwards."""
+
+
 class View(Protocol):
     """A readable set of suppressions, complete up to some offset of every partition."""
 
@@ -93,6 +101,11 @@ def fold(state: State | None, *, out: bool, event_s: int) -> State | None:
     return state
 
 
+def latest(state: State | None, *, out: bool, event_s: int) -> State:  # noqa: ARG001 — as `fold`
+    """Return the state of an exemption after the next record in log order: what was written last."""
+    return State(out=out, event_s=event_s)
+
+
 class Overlay:
     """A copy-on-write layer over a view: what the records of one batch, not yet committed, have changed."""
 
@@ -121,35 +134,102 @@ class Overlay:
         if entries is None:
             entries = self.changed[change.token] = dict(self._base.get(change.token) or {})
         entries[change.rule] = after
-        self.changes.append(change._replace(event_s=after.event_s))
+        self.changes.append(change if after.event_s == change.event_s else change._replace(event_s=after.event_s))
         return True
 
 
-class Suppressions:
-    """The suppressions in memory: token → entries. The base view of one process."""
+class Beneath(Protocol):
+    """Entries that do not change, complete up to `offsets`: a snapshot. Whose bit is not set has none."""
 
-    __slots__ = ("_entries",)
+    bits: memoryview | bytes
+    shift: int
 
-    def __init__(self) -> None:
-        self._entries: dict[bytes, dict[Rule, State]] = {}
+    @property
+    def offsets(self) -> Sequence[int]:
+        """Per partition of the stream, the offset before which all is in it."""
 
     def __len__(self) -> int:
-        return len(self._entries)
+        """Return how many entries there are."""
+
+    def find(self, token: bytes) -> Entries | None:
+        """Return the entries of a person, or None."""
+
+    def row_of(self, token: bytes, rule: Rule) -> int | None:
+        """Return which one an entry is, from 0; None: it is none of these."""
+
+
+_Place = tuple[int, int]
+_AHEAD: Final[_Place] = (0, 1 << 62)
+"""The place of what was merged and not read back yet: behind every snapshot."""
+_first_four: Final = Struct(">I").unpack_from
+
+
+def _nobody(_token: bytes) -> None:
+    return None
+
+
+class Suppressions:
+    """The entries that one process knows: a snapshot, if there is one, and over it whoever has changed since.
+
+    Of somebody who has changed all entries are here, so that a look-up reads one of both. `fold` says how a record
+    changes a state.
+    """
+
+    __slots__ = ("_bits", "_changed", "_find", "_fold", "_places", "_shift", "snapshot")
+
+    def __init__(self, fold: Fold = fold) -> None:
+        self._fold = fold
+        self._changed: dict[bytes, dict[Rule, State]] = {}
+        self._places: dict[bytes, _Place] = {}
+        self.snapshot: Beneath | None = None
+        self._bits: memoryview | bytes | None = None
+        self._shift = 32
+        self._find: Callable[[bytes], Entries | None] = _nobody
+
+    def __len__(self) -> int:
+        """Return how many people have changed since the snapshot."""
+        return len(self._changed)
 
     def get(self, token: bytes) -> Entries | None:
-        """Return the entries of a person, or None; does not block."""
-        return self._entries.get(token)
+        """Return the entries of a person, or None; does not block, unless a page of the snapshot is not in memory."""
+        found = self._changed.get(token)
+        if found is not None:
+            return found
+        bits = self._bits
+        if bits is None:
+            return None
+        place = _first_four(token)[0] >> self._shift
+        return self._find(token) if bits[place >> 3] >> (place & 7) & 1 else None
 
-    def apply(self, token: bytes, rule: Rule, *, out: bool, event_s: int) -> None:
-        """Fold in one record of the stream, in log order."""
-        entries = self._entries.get(token)
-        state = fold(entries.get(rule) if entries else None, out=out, event_s=event_s)
-        if state is not None:
-            self._entries.setdefault(token, {})[rule] = state
+    def apply(self, token: bytes, rule: Rule, *, out: bool, event_s: int, place: _Place = (0, 0)) -> None:
+        """Fold in one record of the stream, in log order; `place` is its partition and offset."""
+        mine = self._changed.get(token)
+        known = self.get(token) if mine is None else mine
+        before = known.get(rule) if known else None
+        after = self._fold(before, out=out, event_s=event_s)
+        if mine is None:
+            if after is None or after == before:
+                return
+            mine = self._changed[token] = dict(known or {})
+        self._places[token] = place
+        if after is not None:
+            mine[rule] = after
 
     def merge(self, overlay: Overlay) -> None:
         """Take over what a committed batch changed; reading the same records back changes nothing more."""
-        self._entries.update(overlay.changed)
+        self._changed.update(overlay.changed)
+        self._places.update(dict.fromkeys(overlay.changed, _AHEAD))
+
+    def adopt(self, snapshot: Beneath) -> None:
+        """Look people up in this snapshot from now on, and let go whoever has not changed after it.
+
+        All before its offsets must have been read. Nobody's entries change by that.
+        """
+        offsets = snapshot.offsets
+        for token in [one for one, (partition, offset) in self._places.items() if offset < offsets[partition]]:
+            del self._places[token], self._changed[token]
+        self.snapshot, self._find = snapshot, snapshot.find
+        self._bits, self._shift = snapshot.bits, snapshot.shift
 
 
 def scope_id(scope: str, account: str, sender: str, campaign: str | None, tokens: Tokens) -> str:

@@ -117,3 +117,23 @@ def bar(what: str, total_bytes: int | None) -> Iterator[Callable[[int], None]]:
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(escape(what), total=total_bytes or None)
         yield lambda done: progress.advance(task, done)
+
+
+MAX_REPORTED = 100
+"""Lines that were not understood are reported one by one up to here, then counted."""
+
+
+@contextmanager
+def skipping() -> Iterator[Callable[[int, str], None]]:
+    """Yield what to tell of a line (from 1) and the column that was not understood; noted on standard error."""
+    reported = 0
+
+    def bad(line: int, column: str) -> None:
+        nonlocal reported
+        reported += 1
+        if reported <= MAX_REPORTED:
+            say(f"line {line}: {column} not understood; skipped")
+
+    yield bad
+    if reported > MAX_REPORTED:
+        say(f"{reported - MAX_REPORTED:,} lines more not understood; skipped")

@@ -146,6 +146,11 @@ def _rotate(args: argparse.Namespace) -> int:
             f" {done.token.widened:,} of them widened to the account; nothing was cleared"
             f" for {done.token.waited_s:.1f} s"
         )
+        if done.token.exemptions or done.token.dropped:
+            print(
+                f"{done.token.exemptions:,} exemptions written anew; {done.token.dropped:,} that do not open any more"
+                " are in force no longer"
+            )
     if done.destroyed:
         print(f"token keys under which nobody is known any more, destroyed: {', '.join(map(str, done.destroyed))}")
     say("take a new backup of the key store: older ones do not open what was moved")

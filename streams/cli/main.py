@@ -13,8 +13,8 @@ from schemas.errors import Retriable, StreamveilError
 from streams.cli import standard
 
 NOUNS = (
-    "demo", "publish", "run", "tail", "screen", "optout", "registry", "quarantine", "keys", "retention", "policy",
-    "streams", "subject", "account", "evidence",
+    "demo", "publish", "run", "tail", "screen", "optout", "exemption", "review", "registry", "quarantine", "keys",
+    "retention", "policy", "streams", "subject", "account", "evidence",
 )  # fmt: skip
 _OPTION = re.compile(r"--[a-z]+(-[a-z]+)*")
 _SAFE = (

@@ -122,7 +122,7 @@ def _rules(policy: "Policy", now_s: int) -> list[dict[str, str | None]]:
         row(what, kept, None if days is None else content_expires_s(now_s, days), clause)
     planner = Planner(policy)
     for stream in CATALOG.values():
-        if stream.max_hours is None:
+        if stream.max_hours is None or stream.domain is Domain.EXEMPTION:  # which say themselves when they end
             continue
         days, hours = divmod(stream.max_hours, 24)
         kept = f"{days} days" if days > 1 and not hours else f"{stream.max_hours} hours"

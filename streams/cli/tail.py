@@ -19,12 +19,12 @@ from streams.deployment import Deployment, reading
 from streams.keys.reveal import Revealed
 from streams.log.protocol import Log, Stored
 
-SUPPRESSIONS = "suppressions"
+TOKENS = ("suppressions", "exemptions")
+"""The streams whose keys hold tokens, which are personal data and shown to nobody."""
 PAGE = 500
 LAST = 10
 FOLLOW_S = 0.5
 _TOKEN = re.compile(r"[0-9a-f]{32}")
-"""Tokens are personal data: they are in the keys of `suppressions`, and shown to nobody."""
 
 
 def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -138,7 +138,7 @@ def _shown(stored: Stored, opened: Revealed | None) -> dict[str, Any]:
         "headers": {name: value.decode(errors="replace") for name, value in stored.headers},
         "value": _value(stored.value),
     }
-    if stored.stream == SUPPRESSIONS:
+    if stored.stream in TOKENS:
         line["key"] = _TOKEN.sub("token", line["key"] or "")
         if line["value"] is not None:
             line["value"]["entry"] = line["key"]

@@ -233,10 +233,7 @@ def _load_registry(config: Config, traffic: Traffic, now_s: int) -> None:
             config.registries_dir,
             rule.name,
             [file],
-            country=rule.country,
-            calling_code=rule.calling_code,
-            as_of_s=now_s,
-            now_s=now_s,
+            registries.Terms(country=rule.country, calling_code=rule.calling_code, as_of_s=now_s, now_s=now_s),
         )
 
 

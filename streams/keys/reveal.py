@@ -18,11 +18,12 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from processors.exemption import WITHDRAWN
 from processors.pipeline import render_verdict
 from processors.plan import Planner
 from processors.retention import instant
 from processors.screen.suppression import Tokens, covering_scopes
-from processors.screen.verdict import GATEWAY_CODES, Subject, Verdict, suppressed
+from processors.screen.verdict import Subject, Verdict, blocked_by, suppressed
 from schemas.catalog import CATALOG
 from schemas.errors import InputInvalid, RevealDenied, TokensChange
 from schemas.fields import NO_REASON, PrivacyClass, classes_of, is_reason, normalise
@@ -33,7 +34,7 @@ from streams.keys.audit import Auditor
 from streams.keys.roles import OFFICER, Principal
 from streams.keys.store import Gone, KeyStore
 from streams.log.protocol import Log, Stored
-from streams.state.suppressions import SuppressionTail
+from streams.state.entries import SUPPRESSIONS, EntryTail
 
 CLEARED = "cleared"
 CORRECTS = "corrects"
@@ -102,8 +103,12 @@ class Revealer:
         auditor: Auditor,
         clock: Callable[[], float] = time.time,
         on_denied: Callable[[Mapping[str, int]], None] = lambda _: None,
+        suppressions: EntryTail | None = None,
     ) -> None:
-        """Take what to open with, and whom to tell how many messages were denied, by reason."""
+        """Take what to open with, and whom to tell how many messages were denied, by reason.
+
+        Without `suppressions` it reads the whole stream by itself.
+        """
         self._log = log
         self._store = store
         self._planner = planner
@@ -112,7 +117,8 @@ class Revealer:
         self._clock = clock
         self._on_denied = on_denied
         self._tokens = Tokens(*store.token_keys().current)
-        self._tail = SuppressionTail(log, self._tokens.version)
+        self._tail = suppressions or EntryTail(log, SUPPRESSIONS, self._tokens.version)
+        self._tail.follow(self._tokens.version)
 
     async def reveal(self, messages: Sequence[Stored], reason: str) -> list[Revealed]:
         """Return each message opened, or why not, in order; one audit entry per stream, written first.
@@ -278,8 +284,7 @@ class Revealer:
         scopes = covering_scopes(account_id, sender, fields.get("campaign_id"), self._tokens)
         channel, purpose = sealed.fields["channel"], sealed.fields["purpose"]
         subject = Subject(account_id, party, token, channel, purpose, None, False, None, scopes)
-        found = suppressed(subject, self._tail.view, self._planner.policy)
-        return None if found is None else Verdict(found, "KAL-5", GATEWAY_CODES)
+        return suppressed(subject, self._tail.view, blocked_by(self._planner.policy), now_s)
 
     def _second_verdict(self, sealed: Sealed, why: Verdict, now_s: int) -> Message:
         envelope = sealed.fields
@@ -354,8 +359,8 @@ def open_sealed(
     expires_at = (sealed.fields.get("privacy") or {}).get("expires_at")
     if isinstance(expires_at, str) and expires_at <= now_at:
         return Revealed(State.DESTROYED, {})
-    if not sealed.parts and "resolves" not in sealed.fields:  # only a resolution of quarantine seals nothing
-        return Revealed(State.CORRUPT, {})
+    if not sealed.parts and "resolves" not in sealed.fields and sealed.fields.get("action") != WITHDRAWN:
+        return Revealed(State.CORRUPT, {})  # only what resolves something, or withdraws an exemption, seals nothing
     fields: dict[str, Any] = {}
     withheld: tuple[str, ...] = ()
     for part in sealed.parts:

@@ -61,6 +61,8 @@ _MARKS: Final = 100
 class KafkaLog:
     """The streams of one deployment on a Kafka cluster; see `streams.log.protocol.Log`."""
 
+    log_id = ""
+
     def __init__(self, settings: Kafka, *, partitions: int, lease_s: float) -> None:
         """Take the settings; connects at the first call, and finds out then whether the streams are as stated."""
         self.partitions = partitions

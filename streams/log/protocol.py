@@ -53,6 +53,10 @@ class Log(Protocol):
     partitions: int
     """Partitions of every stream, fixed at creation."""
 
+    @property
+    def log_id(self) -> str:
+        """An id that no other log has, or "" where there is none."""
+
     async def append(self, outputs: Sequence[Output], bookmark: tuple[str, Bookmark | None] | None = None) -> None:
         """Write all outputs, and the named bookmark (None deletes it), or nothing; durable on return."""
 

@@ -372,6 +372,12 @@ class SqliteLog:
             raise LogUnusable(_UNUSABLE[sqlite3.SQLITE_CANTOPEN], file=str(path)) from error
         return cls(main, traffic, partitions, lease_s, clock)
 
+    @property
+    def log_id(self) -> str:
+        """The id that both files have."""
+        known = self._main.identity(_MAIN_ID)
+        return known[0] if known else ""
+
     def _file(self, stream: str) -> _File:
         return self._traffic if stream in INPUTS else self._main
 

@@ -21,7 +21,7 @@ import orjson
 
 from processors.evidence import entry_of
 from processors.retention import instant
-from processors.screen.suppression import Rule, fold, parse_key
+from processors.screen.suppression import Rule, parse_key
 from processors.screen.suppression import State as Standing
 from schemas.catalog import CATALOG, Domain, partition_for
 from schemas.fields import PLATFORM, PrivacyClass, classes_of
@@ -34,6 +34,7 @@ from streams.log.protocol import Stored
 from streams.officer.office import Finder, Office, Person, may_hold_a_number
 from streams.officer.requests import DONE, case, note
 from streams.officer.scan import decided, everything, naming, scan
+from streams.state.entries import EXEMPTIONS, SUPPRESSIONS, Kept
 
 Kind = Literal["access", "export"]
 
@@ -41,7 +42,7 @@ PERSONAL: Final = tuple(
     name for name, row in CATALOG.items() if row.domain in (Domain.TRANSIT, Domain.CONTENT, Domain.PII, Domain.REVIEW)
 )
 """The streams that are sealed under people's secrets."""
-AUDIT, HELD, QUARANTINE, SUPPRESSIONS = "audit", "held", "quarantine", "suppressions"
+AUDIT, HELD, QUARANTINE = "audit", "held", "quarantine"
 _OPENED_AT_ONCE = 500
 _LARGE_AT_ONCE = 50
 """Records in quarantine may be of a megabyte and more."""
@@ -242,6 +243,8 @@ class Report:
         async for item in self._records():
             yield item
         if self._kind == "access":
+            async for item in self._exemptions():
+                yield item
             if self._owner == PLATFORM:
                 async for item in self._opt_outs():
                     yield item
@@ -365,25 +368,8 @@ class Report:
 
     async def _opt_outs(self) -> AsyncIterator[Item]:
         """Yield the person's entries of `suppressions`: each holds the number, and nothing else about them (INF-8)."""
-        token = self._person.tokens[0]  # whatever is under another token key is also under the current one
-        begins, ends = await self._log.begin_offsets(SUPPRESSIONS), await self._log.end_offsets(SUPPRESSIONS)
-        home = partition_for(token, self._log.partitions)
-        begins = [begin if one == home else ends[one] for one, begin in enumerate(begins)]
-        mark = f".{token.hex()}|".encode()
-        states: dict[Rule, Standing | None] = {}
-        newest: dict[Rule, dict[str, Any]] = {}
-        theirs = lambda stored: mark in (stored.key or b"")  # noqa: E731 — one line, used once
-        async for page in scan(self._log, SUPPRESSIONS, theirs, begins=begins, ends=ends):
-            for stored in page:
-                _, _, rule, out = parse_key(stored.key or b"")
-                newest[rule] = value = orjson.loads(stored.value)
-                at_s = int(datetime.fromisoformat(value["event_at"]).timestamp())
-                states[rule] = fold(states.get(rule), out=out, event_s=at_s)
-        for rule, state in states.items():
-            if state is None:
-                continue
-            value = newest[rule]
-            purpose = Purpose.of(SUPPRESSIONS, value["privacy"])
+        async for rule, state, value in self._entries(SUPPRESSIONS):
+            purpose = Purpose.of(SUPPRESSIONS.stream, value["privacy"])
             self._count(purpose, value["privacy"]["expires_at"])
             yield self._put(
                 "opt_out",
@@ -396,6 +382,51 @@ class Report:
                 reason=value.get("reason"),
                 kept_until=value["privacy"]["expires_at"],
             )
+
+    async def _exemptions(self) -> AsyncIterator[Item]:
+        """Yield what an account has said of the person to be exempt from lists; the platform counts what accounts have.
+
+        Beside the number, which is what was asked about, all of it stands clear.
+        """
+        async for rule, state, value in self._entries(EXEMPTIONS):
+            account, privacy = value["account_id"], value["privacy"]
+            if account != self._owner:
+                if self._owner == PLATFORM:
+                    self._elsewhere.setdefault(account, Counter())[EXEMPTIONS.stream] += 1
+                continue
+            self._count(Purpose.of(EXEMPTIONS.stream, privacy), privacy["expires_at"])
+            yield self._put(
+                "exemption",
+                account=account,
+                kind=rule.class_,
+                channel=rule.channel,
+                in_force=state.out and state.event_s > self._now_s,
+                withdrawn=not state.out,
+                given=value["given_at"],
+                expires=value["expires_at"],
+                evidence=value["evidence"],
+                kept_until=privacy["expires_at"],
+            )
+
+    async def _entries(self, kept: Kept) -> AsyncIterator[tuple[Rule, Standing, dict[str, Any]]]:
+        """Yield the person's entries of a stream: rule, state, and the newest record's clear envelope."""
+        token = self._person.tokens[0]  # whatever is under another token key is also under the current one
+        begins, ends = await self._log.begin_offsets(kept.stream), await self._log.end_offsets(kept.stream)
+        home = partition_for(token, self._log.partitions)
+        begins = [begin if one == home else ends[one] for one, begin in enumerate(begins)]
+        mark = f".{token.hex()}|".encode()
+        states: dict[Rule, Standing | None] = {}
+        newest: dict[Rule, dict[str, Any]] = {}
+        theirs = lambda stored: mark in (stored.key or b"")  # noqa: E731 — one line, used once
+        async for page in scan(self._log, kept.stream, theirs, begins=begins, ends=ends):
+            for stored in page:
+                _, _, rule, out = parse_key(stored.key or b"")
+                newest[rule] = value = orjson.loads(stored.value)
+                at_s = int(datetime.fromisoformat(value[kept.instant]).timestamp())
+                states[rule] = kept.fold(states.get(rule), out=out, event_s=at_s)
+        for rule, state in states.items():
+            if state is not None:
+                yield rule, state, newest[rule]
 
     async def _quarantined(self) -> AsyncIterator[Item]:
         """Yield the places of records that nobody could understand and that hold the number. Their text is not shown.
@@ -521,7 +552,8 @@ class Report:
         found = sum(self._shown.values()) + sum(self._unshown.values()) + len(self.accounts)
         summary: dict[str, Any] = {"records": self._shown["record"], "not_shown": sum(self._unshown.values())}
         if self._kind == "access":
-            summary |= {f"{section}s": self._shown[section] for section in ("opt_out", "restriction", "hold", "reveal")}
+            sections = ("opt_out", "exemption", "restriction", "hold", "reveal")
+            summary |= {f"{section}s": self._shown[section] for section in sections}
             summary |= {"quarantined": self._shown["quarantined"], "not_searched": sum(self._unsearched.values())}
             summary["last_opened"] = self._last_opened
         told = {"accounts": list(self.accounts), "nothing_is_held": not found}

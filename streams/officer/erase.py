@@ -5,6 +5,7 @@ Rules of this file:
 - It is effective when it is acknowledged: by then no process alive can commit what it sealed under a destroyed secret
   (the lease protocol), and whatever was under way in the log has come to its end. What is committed later is sealed
   under a new secret and opens.
+- An account's exemptions of the person are withdrawn first: what stands clear in them would act on without its proof.
 - Opt-outs stand (INF-8). A legal hold of theirs stands in the way, and what is held of others, in whose records they
   may be, is kept first (INF-7): such copies keep their number until that hold is released, and the answer says so.
 """
@@ -16,6 +17,7 @@ from typing import NamedTuple
 
 from schemas.errors import UnderHold
 from schemas.fields import PLATFORM
+from streams.exemptions import withdraw
 from streams.keys.ledger import Mark, Request
 from streams.keys.roles import OFFICER
 from streams.officer.again import again
@@ -77,6 +79,8 @@ async def erase(
     )
     gone: set[str] = set()
     while True:
+        if account is not None:
+            await withdraw(office.deployment, account, person.tokens, reason, int(time.time()))
         destroyed = await again(partial(store.destroy_persons, owner, person.tokens))
         gone.update(destroyed.sids)
         await drained(store, destroyed.sequence, on_wait=on_wait)

@@ -1,9 +1,16 @@
-"""Waits until no process can commit any more what it sealed before a destruction."""
+"""Key leases of officers' work: waiting until others' have run out, and one for each step of a token rotation."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final
 
+from schemas.errors import TokensChange
+from streams.deployment import Deployment
+from streams.keys.cache import KeyCache
 from streams.keys.store import KeyStore
+
+ROTATED: Final = "another process has rotated the token key meanwhile; what it did stands"
 
 _LOOK_S = 0.1
 
@@ -26,3 +33,20 @@ async def drained(store: KeyStore, sequence: int, *, on_wait: Callable[[list[str
             told = behind
             on_wait(behind)
         await asyncio.sleep(_LOOK_S)
+
+
+@contextmanager
+def rotating(deployment: Deployment, current: int, *, changing: bool) -> Iterator[KeyCache]:
+    """Yield the keys to write with under a lease of their own, for which another rotation's hold waits.
+
+    `current`, `changing`: how the token keys were when what is to be written was read; what was read before a hold is
+    not written after it. Raises TokensChange if they have changed.
+    """
+    keys, _ = deployment.keys(rotating=True)
+    try:
+        found = deployment.store.token_keys()
+        if found.current.version != current or found.changing is not changing:
+            raise TokensChange(ROTATED)
+        yield keys
+    finally:
+        keys.close()

@@ -4,6 +4,9 @@ Rules of this file:
 - What is sealed for the account is keyed by it: content and near misses die at the termination; its personal CDRs,
   where the platform is its processor, and its secrets of people, which say with whom it spoke, `NUMBERS_KEPT_DAYS`
   days later. Requests on their way out die within a day by themselves.
+- Exemptions end with the agreement: they are withdrawn then, and do not open any more once the secrets of people are
+  gone. The keys of the months in which they would have ended stay until then, so that an account that comes back can
+  have others.
 - What the platform controls stays to its own instant (INF-4, INF-5): it is no data of the account.
 - The schedule stays until it is cancelled: what is sealed for the account later, such as a late CDR, dies at the next
   look.
@@ -16,8 +19,9 @@ from typing import Final, NamedTuple
 from processors.keyring import EpochRef
 from processors.retention import DAY_S, instant
 from schemas.catalog import Domain
-from schemas.errors import InputInvalid
+from schemas.errors import InputInvalid, LogUnusable
 from streams.deployment import Deployment
+from streams.exemptions import withdraw
 from streams.officer import holds
 from streams.officer.again import again
 from streams.officer.office import SCHEDULE, check_name
@@ -27,9 +31,12 @@ NUMBERS_KEPT_DAYS: Final = 20
 AT_ONCE: Final = frozenset({Domain.CONTENT.value, Domain.REVIEW.value})
 """Domains of customer data that end with the agreement."""
 _CANCELLED: Final = 0
+_LEFT: Final = "offboarded"
 _BATCH: Final = 1000
 _LOOKED: Final = "offboard-looked/"
 """On which day people's secrets of an account that left were looked for last, by account."""
+_WITHDRAWN: Final = "offboard-withdrawn/"
+"""For which termination (Unix s) an account's exemptions were withdrawn, by account."""
 
 
 class Leaving(NamedTuple):
@@ -86,6 +93,7 @@ async def offboard(
     deployment.store.ledger.set_progress(SCHEDULE + account, terminated_s)
     if terminated_s <= now_s:
         await holds.preserve(deployment, now_s=now_s)
+    await _withdraw(deployment, leaving, now_s)
     return Offboarded(leaving, *await _destroy(deployment, leaving, now_s, dry=False))
 
 
@@ -120,13 +128,36 @@ def schedule(deployment: Deployment) -> list[Leaving]:
     return sorted(leaving, key=lambda one: (one.terminated_s, one.account))
 
 
-async def due(deployment: Deployment, now_s: int, *, dry: bool) -> tuple[str, ...]:
-    """Destroy what is due of accounts that left, or with `dry` only look; return the accounts that had any. Blocks.
+class Due(NamedTuple):
+    """What a look came to: the accounts that had anything to destroy, and those whose exemptions stand, and why."""
 
-    Holds are the caller's to keep first.
+    accounts: tuple[str, ...]
+    exempt: dict[str, str]
+
+
+async def due(deployment: Deployment, now_s: int, *, dry: bool) -> Due:
+    """Destroy what is due of accounts that left, or with `dry` only look. Blocks.
+
+    Holds are the caller's to keep first. Who may not write `exemptions` on Kafka, as a worker, leaves those to who may.
     """
-    found = schedule(deployment)
-    return tuple([one.account for one in found if any(await _destroy(deployment, one, now_s, dry=dry))])
+    accounts, exempt = [], {}
+    for leaving in schedule(deployment):
+        try:
+            if not dry:
+                await _withdraw(deployment, leaving, now_s)
+        except LogUnusable as error:
+            exempt[leaving.account] = str(error)
+        if any(await _destroy(deployment, leaving, now_s, dry=dry)):
+            accounts.append(leaving.account)
+    return Due(tuple(accounts), exempt)
+
+
+async def _withdraw(deployment: Deployment, leaving: Leaving, now_s: int) -> None:
+    """Withdraw all exemptions of an account that left, once for each termination: what stands clear in them acts."""
+    ledger, done = deployment.store.ledger, _WITHDRAWN + leaving.account
+    if leaving.terminated_s <= now_s and ledger.progress(done) != leaving.terminated_s:
+        await withdraw(deployment, leaving.account, None, _LEFT, now_s)
+        ledger.set_progress(done, leaving.terminated_s)
 
 
 async def _destroy(deployment: Deployment, leaving: Leaving, now_s: int, *, dry: bool) -> tuple[int, int]:
@@ -138,7 +169,7 @@ async def _destroy(deployment: Deployment, leaving: Leaving, now_s: int, *, dry:
     alive = [
         EpochRef(key.domain, key.owner, key.epoch)
         for key in store.status(now_s)
-        if key.owner == leaving.account and key.state != "destroyed"
+        if key.owner == leaving.account and key.state != "destroyed" and key.domain != Domain.EXEMPTION
     ]
     refs = [ref for ref in alive if ref.domain in AT_ONCE or (everything and ref.domain != Domain.TRANSIT)]
     today, looked = now_s // DAY_S, _LOOKED + leaving.account

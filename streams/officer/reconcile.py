@@ -31,8 +31,9 @@ from streams.keys.ledger import AT_WILL, Mark, MarkKind
 from streams.keys.roles import OFFICER
 from streams.keys.store import KeyStore
 from streams.officer import offboard
+from streams.officer.exempted import ExemptionCopy
 from streams.officer.office import Office, office
-from streams.officer.rotation import SWITCH, Copy, nameless, retoken_marks
+from streams.officer.rotation import REASON, SWITCH, Copy, nameless, retoken_marks
 from streams.officer.upkeep import day_of
 
 AUDIT: Final = "audit"
@@ -342,6 +343,7 @@ async def _retoken(deployment: Deployment, version: int) -> int:
         key = store.add_token_key()
     current = store.token_keys().current.version
     written = await Copy(deployment, lost, key, current=current).run()
+    await ExemptionCopy(deployment, lost, key, reason=REASON, current=current).run()
     await deployment.auditor().write(SWITCH, token_version=key.version, entries=written.written)
     store.hold_tokens(key.version)
     store.switch_tokens(key.version)

@@ -23,8 +23,9 @@ from streams.officer.office import Office, Person
 from streams.officer.requests import DONE, case, note
 from streams.officer.scan import scan
 from streams.optout import CHANNELS, Entry, OptOuts
-from streams.state.suppressions import STREAM
+from streams.state.entries import SUPPRESSIONS
 
+STREAM: Final = SUPPRESSIONS.stream
 _CLASS: Final = "marketing"
 _AUTHORITY: Final = "officer"
 _OURS: Final = "restriction/"

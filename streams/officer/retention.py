@@ -28,8 +28,9 @@ from streams.log.protocol import Log, Stored
 from streams.officer import evidence, holds, offboard, rotation
 from streams.officer.again import again
 from streams.officer.office import office
-from streams.state.suppressions import STREAM as SUPPRESSIONS
+from streams.state import entries
 
+SUPPRESSIONS: Final = entries.SUPPRESSIONS.stream
 AHEAD: Final = Period(13, "months")
 """So far ahead of the clock `--now` may destroy: what is sealed under INF-4 today is dead then."""
 SLACK_S: Final = 60
@@ -146,12 +147,13 @@ async def run(
             report = Report(now_s, dry, 0, died, (), {}, (), tuple(skipped), failed=True)
             await _tell(deployment, report)
             return report
-    offboarded = await offboard.due(deployment, now_s, dry=dry)
+    left = await offboard.due(deployment, now_s, dry=dry)
+    skipped += [Skipped(f"exemptions of {account}", f"not withdrawn: {why}") for account, why in left.exempt.items()]
     died = await destroy_due(deployment, now_s, dry=dry)
     rewrapped = await _rewrap(deployment, now_s, dry=dry, every=rewrap)
     cuts, uncut, failed = await _cut_all(deployment, now_s, dry, advance)
     skipped += uncut
-    report = Report(now_s, dry, held, died, offboarded, rewrapped, tuple(cuts), tuple(skipped), failed)
+    report = Report(now_s, dry, held, died, left.accounts, rewrapped, tuple(cuts), tuple(skipped), failed)
     if not dry:
         try:
             await rotation.drop_old_tokens(deployment)
@@ -325,7 +327,7 @@ def _expired(value: bytes, now_at: bytes) -> bool:
     at = value.find(_EXPIRES)
     if at < 0:
         return False
-    if value.find(_EXPIRES, at + 1) >= 0:  # what else has one is not asked; there is no such stream today
+    if value.find(_EXPIRES, at + 1) >= 0:  # an exemption ends before its month does
         try:
             found = orjson.loads(value)["privacy"]["expires_at"]
         except (ValueError, KeyError, TypeError):

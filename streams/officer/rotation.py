@@ -15,6 +15,7 @@ Rules of this file:
 - Two at once do no harm: each write, the hold and the switch are only done while the version that is copied from is
   current and the key that is copied to is waiting; the slower one ends with TokensChange.
 - A mark whose number is lost (`nameless`) covers nobody under a new key: while one is in force nothing is rotated.
+- Exemptions are copied beside the opt-outs (`exempted`); one that does not open is left behind, and counted.
 - The old entries stay in the log until it is cut; they say nothing without their key. The old key stays as long as
   people's secrets are known under it: their months'.
 """
@@ -35,10 +36,12 @@ from streams.keys import reveal
 from streams.keys.ledger import Mark
 from streams.keys.store import KeyStore, TokenKey
 from streams.log.protocol import Stored
-from streams.officer.leases import drained, unheard
+from streams.officer.exempted import ExemptionCopy
+from streams.officer.leases import ROTATED, drained, rotating, unheard
 from streams.optout import write
-from streams.state.suppressions import STREAM
+from streams.state.entries import SUPPRESSIONS
 
+STREAM: Final = SUPPRESSIONS.stream
 SWITCH: Final = "token_switch"
 REASON: Final = "token-rotation"
 _PAGE: Final = 1000
@@ -48,18 +51,19 @@ _PASSES: Final = 5
 _UNDECIDED_S: Final = 120.0
 """So long a transaction that somebody left open is waited for; brokers end one after a minute at most."""
 _LOOK_S: Final = 0.05
-_ROTATED: Final = "another process has rotated the token key meanwhile; what it did stands"
 
 _Entry = tuple[bytes, Rule]
 
 
 class Rotated(NamedTuple):
-    """What a rotation came to: the new version, entries written under it, how many of those had to be widened."""
+    """What a rotation came to: the new version, opt-outs written under it, and how many of those had to be widened."""
 
     version: int
     written: int
     widened: int
     waited_s: float  # so long nothing was cleared
+    exemptions: int  # written under it too
+    dropped: int  # exemptions that did not open
 
 
 class Copied(NamedTuple):
@@ -170,20 +174,11 @@ class Copy:
         return changes, widened
 
     async def _write(self, changes: Sequence[Change]) -> None:
-        """Write changes under a key lease of their own, for which another rotation's hold waits.
-
-        What was read before a hold is not written after it. Raises TokensChange.
-        """
+        """Write changes under a key lease of their own. Raises TokensChange."""
         if not changes:
             return
-        keys, _ = self._deployment.keys(rotating=True)
-        try:
-            found = self._deployment.store.token_keys()
-            if found.current.version != self._current or found.changing is not self._changing:
-                raise TokensChange(_ROTATED)
+        with rotating(self._deployment, self._current, changing=self._changing) as keys:
             await write(self._deployment, self._pipeline, keys, changes, int(time.time()))
-        finally:
-            keys.close()
 
     async def _pages(self, begins: Sequence[int], ends: Sequence[int]) -> AsyncIterator[list[Stored]]:
         """Yield all records from `begins` to `ends`. Raises LogBusy if some stay undecided."""
@@ -253,27 +248,31 @@ async def rotate_tokens(
     before = store.token_keys()
     key = store.add_token_key()
     copy = Copy(deployment, before.current.version, key)
-    done = await copy.run(advance)
+    exempted = ExemptionCopy(deployment, before.current.version, key, reason=REASON)
+    done, moved = await copy.run(advance), await exempted.run(advance)
     written, widened = done
+    exemptions, dropped = moved
     for _ in range(_PASSES):
-        if before.changing or done.written < _SMALL:
+        if before.changing or done.written + moved.written < _SMALL:
             break
-        done = await copy.run(advance)
+        done, moved = await copy.run(advance), await exempted.run(advance)
         written, widened = written + done.written, widened + done.widened
+        exemptions, dropped = exemptions + moved.written, dropped + moved.dropped
     if store.token_keys().current != before.current:
-        raise TokensChange(_ROTATED)
+        raise TokensChange(ROTATED)
     began_s = time.monotonic()
     await drained(store, store.hold_tokens(key.version), on_wait=on_wait)
     # its append also waits for whoever is still writing to the file of a log
     await auditor.write("token_hold", token_version=key.version)
-    done = await copy.run(advance)
+    done, moved = await copy.run(advance), await exempted.run(advance)
     retoken_marks(deployment)
     await auditor.write(SWITCH, token_version=key.version, entries=written + done.written)
     store.switch_tokens(key.version)
     waited_s = time.monotonic() - began_s
     retoken_marks(deployment)
     await auditor.write("token_rotated", token_version=key.version)
-    return Rotated(key.version, written + done.written, widened + done.widened, waited_s)
+    exemptions, dropped = exemptions + moved.written, dropped + moved.dropped
+    return Rotated(key.version, written + done.written, widened + done.widened, waited_s, exemptions, dropped)
 
 
 def retoken_marks(deployment: Deployment) -> None:

@@ -24,6 +24,10 @@ _TITLES: Final = {
         "What is held about the person, opened. What is the other party's own is not shown: they are a person too.",
     ),
     "opt_out": ("Opt-outs", "Each holds the number, and nothing else about the person, so that it is respected."),
+    "exemption": (
+        "Exemptions",
+        "Why a company may advertise to the number although a list of people who want none has it.",
+    ),
     "quarantined": (
         "Records that could not be understood",
         "They hold the digits of the number. Whose data else is in them cannot be told, so they are not shown.",
@@ -204,6 +208,8 @@ def _told(item: Item) -> tuple[str, list[tuple[str, str]]]:
         heading = fields.pop("at")
     elif item.section == "opt_out":
         heading = f"{fields.pop('class')} by {fields.pop('channel')}"
+    elif item.section == "exemption":
+        heading = f"{fields.pop('account')}: {fields.pop('kind')}, by {fields.pop('channel')}"
     return heading, [(_label(name), _value(value)) for name, value in fields.items()]
 
 

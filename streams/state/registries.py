@@ -1,170 +1,334 @@
-"""The registries of a deployment: a folder (0700) of bitmap files (0600), each mapped and swapped whole.
+"""The registries of a deployment: a folder (0700) of registry files (0600), each mapped and swapped whole.
 
-A load parses everything first, then writes beside, syncs and renames: whatever fails, the version before
-still serves. A process that has an old version mapped answers from it until its next `refresh`.
+A load parses everything first, then writes beside, syncs and renames: whatever fails, the version before still serves.
+A process maps each file, so that all processes of a machine share its pages. A new version is opened and verified in a
+thread while the one before goes on answering, and swapped in by a later `refresh`; if it is damaged, there is no swap.
 """
 
 import fcntl
 import mmap
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from processors.screen.registry import BitmapBuilder, BitmapRegistry, Header, parse_us
+from processors.screen.lists import FORMATS, ListFormat
+from processors.screen.registry import DAY_S, Header, RegistryFile
+from processors.screen.registry_build import Built, RegistryBuilder
 from schemas.errors import InputInvalid, RegistryInvalid
+from streams.state.listfiles import contents, dated_s
 
 SUFFIX: Final = ".bitmap"
 REFRESH_S: Final = 1.0
+RETIRE_S: Final = 60.0
+"""How long a version that was swapped out is kept for batches that hold it, before a thread unmaps it."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-_READ_BYTES = 1 << 20
+_STILL = "what was loaded before still serves"
 
 _Version = tuple[int, int, int]  # inode, modification time in ns, size
 
 
-class _Open(NamedTuple):
-    version: _Version
-    registry: BitmapRegistry
-
-
 class Registries:
-    """Every registry that is loaded, read-only. Opening one reads its file once, to verify it."""
+    """Every registry that is loaded, read-only: a `RegistryView`. Opening it reads each file once, to verify it."""
 
     def __init__(self, folder: Path) -> None:
-        """Open what is in the folder, which need not exist. Raises RegistryInvalid as `refresh`."""
+        """Open what is in the folder, which need not exist. Raises RegistryInvalid if a file is damaged."""
         self._folder = folder
-        self._open: dict[str, _Open] = {}
+        self._serving: dict[str, RegistryFile] = {}
+        self._versions: dict[str, _Version] = {}
+        self._damaged: dict[str, _Version] = {}
+        self._opening: _Opening | None = None
+        self._retired: list[tuple[float, RegistryFile]] = []
         self._checked_s: float | None = None
-        self._scan()
+        for name, path in _files(folder):
+            try:
+                self._versions[name], self._serving[name] = _map(path, name)
+            except FileNotFoundError:
+                continue  # removed this moment: not loaded
 
     def __repr__(self) -> str:
         return f"Registries({', '.join(self.names())})"
 
-    def get(self, name: str) -> BitmapRegistry | None:
-        """Return a registry, or None if it is not loaded. Never blocks."""
-        found = self._open.get(name)
-        return found and found.registry
+    def get(self, name: str) -> RegistryFile | None:
+        """Return a registry, or None if it is not loaded. Never blocks; it stays valid after a swap."""
+        return self._serving.get(name)
 
     def names(self) -> list[str]:
         """Return the names of what is loaded, sorted."""
-        return sorted(self._open)
+        return sorted(self._serving)
 
-    def lists(self, name: str, number: str) -> bool:
-        """Return whether a registry lists an E.164 number; one that is not loaded lists everybody."""
-        found = self._open.get(name)
-        return found is None or found.registry.lists(number)
-
-    def as_of(self, name: str) -> int | None:
-        """Return a registry's own date in Unix seconds, or None if it is not loaded."""
-        found = self._open.get(name)
-        return found and found.registry.as_of_s
+    def damaged(self) -> list[str]:
+        """Return the names of registries of which a newer version is damaged, so that it does not serve; sorted."""
+        return sorted(self._damaged)
 
     def refresh(self, monotonic_s: float) -> None:
-        """Open what was loaded since, close what is gone; looks at the disk at most once a second.
+        """Swap in what was loaded since, and drop what is gone; looks at the folder at most once a second.
 
-        Raises RegistryInvalid if a file is damaged, on every call until it is mended.
+        Never blocks and raises nothing. A new version serves from the first refresh after a thread has verified it.
         """
-        if self._checked_s is None or not 0 <= monotonic_s - self._checked_s < REFRESH_S:
-            self._scan()
-            self._checked_s = monotonic_s
+        if self._checked_s is not None and 0 <= monotonic_s - self._checked_s < REFRESH_S:
+            return
+        self._checked_s = monotonic_s
+        found = _versions(self._folder)
+        serving = {name: registry for name, registry in self._serving.items() if name in found}
+        if self._opening is not None and self._opening.done.is_set():
+            for name, (version, registry) in self._opening.opened.items():
+                if registry is None:
+                    self._damaged[name] = version
+                elif name in found:
+                    serving[name], self._versions[name] = registry, version
+            self._opening = None
+        self._retire(serving, monotonic_s)
+        self._serving = serving
+        self._versions = {name: version for name, version in self._versions.items() if name in serving}
+        self._damaged = {
+            name: version
+            for name, version in self._damaged.items()
+            if found.get(name) == version and self._versions.get(name) != version
+        }
+        changed = [
+            name
+            for name, version in found.items()
+            if version not in (self._versions.get(name), self._damaged.get(name))
+        ]
+        if changed and self._opening is None:
+            self._opening = _Opening(self._folder, changed)
 
-    def _scan(self) -> None:
-        found: dict[str, _Open] = {}
-        for path in sorted(self._folder.glob(f"*{SUFFIX}")):
-            name = path.name.removesuffix(SUFFIX)
-            try:
-                known = self._open.get(name)
-                found[name] = known if known and known.version == _version(path.stat()) else _map(path, name)
-            except FileNotFoundError:
-                continue  # removed this moment: not loaded
-            except OSError as error:
-                raise RegistryInvalid(f"cannot be read: {error.strerror}", file=str(path)) from None
-            except RegistryInvalid as error:
-                raise RegistryInvalid(error.message, file=str(path)) from None
-        self._open = found
+    def _retire(self, serving: dict[str, RegistryFile], monotonic_s: float) -> None:
+        """Keep what no longer serves for a while; then unmap it in a thread, for that takes tens of milliseconds."""
+        gone = [registry for name, registry in self._serving.items() if serving.get(name) is not registry]
+        self._retired += [(monotonic_s, registry) for registry in gone]
+        old = [entry for entry in self._retired if not 0 <= monotonic_s - entry[0] < RETIRE_S]
+        if old:
+            self._retired = [entry for entry in self._retired if entry not in old]
+            threading.Thread(target=old.clear, daemon=True).start()
+
+
+class _Opening:
+    """A thread that opens and verifies files. Once `done`, `opened` says of each what was found; None: damaged."""
+
+    def __init__(self, folder: Path, names: Sequence[str]) -> None:
+        self.done = threading.Event()
+        self.opened: dict[str, tuple[_Version, RegistryFile | None]] = {}
+        self._folder = folder
+        self._names = names
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            for name in self._names:
+                path = self._folder / f"{name}{SUFFIX}"
+                with suppress(FileNotFoundError):
+                    version = _version(path.stat())
+                    try:
+                        self.opened[name] = _map(path, name)
+                    except RegistryInvalid:
+                        self.opened[name] = version, None
+        finally:
+            self.done.set()
+
+
+def _files(folder: Path) -> list[tuple[str, Path]]:
+    return [(path.name.removesuffix(SUFFIX), path) for path in sorted(folder.glob(f"[!.]*{SUFFIX}"))]
+
+
+def _versions(folder: Path) -> dict[str, _Version]:
+    found = {}
+    for name, path in _files(folder):
+        with suppress(OSError):  # removed this moment: not loaded
+            found[name] = _version(path.stat())
+    return found
 
 
 def _version(status: os.stat_result) -> _Version:
     return status.st_ino, status.st_mtime_ns, status.st_size
 
 
-def _map(path: Path, name: str) -> _Open:
-    with path.open("rb") as file:
-        status = os.fstat(file.fileno())
-        if not status.st_size:
-            raise RegistryInvalid("truncated; load the registry again")
-        view = memoryview(mmap.mmap(file.fileno(), status.st_size, access=mmap.ACCESS_READ))
-    registry = BitmapRegistry(view)
-    if registry.name != name:
-        raise RegistryInvalid("the file was made for another registry; load the registry again")
-    return _Open(_version(status), registry)
+def _map(path: Path, name: str) -> tuple[_Version, RegistryFile]:
+    """Return a verified registry. Raises RegistryInvalid with the file, and FileNotFoundError."""
+    try:
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            if not status.st_size:
+                raise RegistryInvalid("truncated; load the registry again")
+            view = memoryview(mmap.mmap(file.fileno(), status.st_size, access=mmap.ACCESS_READ))
+        registry = RegistryFile(view)
+        if registry.name != name:
+            raise RegistryInvalid("the file was made for another registry; load the registry again")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise RegistryInvalid(f"cannot be read: {error.strerror}", file=str(path)) from None
+    except RegistryInvalid as error:
+        raise RegistryInvalid(error.message, file=str(path)) from None
+    return _version(status), registry
+
+
+# --- loading ------------------------------------------------------------------------------------------------
+
+
+class Terms(NamedTuple):
+    """What a load is told: whose list it is, how it is read, its date, and what is meant though it looks wrong."""
+
+    country: str
+    calling_code: str
+    now_s: int
+    as_of_s: int | None = None  # None: the oldest modification time of the files
+    form: ListFormat | None = None  # None: as the name says
+    older: bool = False
+    smaller: bool = False
+
+
+class Changed(NamedTuple):
+    """What change lists did: numbers `added`, and listed `already`; `deleted`, and `unlisted` before."""
+
+    header: Header
+    added: int
+    already: int
+    deleted: int
+    unlisted: int
+
+
+Progress = Callable[[int], None]
 
 
 def load(
-    folder: Path,
-    name: str,
-    files: Iterable[Path],
-    *,
-    country: str,
-    calling_code: str,
-    as_of_s: int,
-    now_s: int,
-    progress: Callable[[int], None] = lambda _bytes: None,
+    folder: Path, name: str, files: Iterable[Path], terms: Terms, progress: Progress = lambda _bytes: None
 ) -> Header:
     """Make the files together the registry `name`, durable on return, and return its header. Blocks (disk).
 
-    All or nothing. `progress` is told, now and then, how many bytes more were read. Raises RegistryInvalid
-    (with file and line, or because the disk refuses), and InputInvalid if a file cannot be read.
+    All or nothing. `progress` is told, now and then, how many bytes more were read. Raises RegistryInvalid (with file
+    and line, or because the disk refuses), and InputInvalid if a file cannot be read, or if the list is older, or
+    less than half as long, than the one that serves, unless the terms say so.
     """
+    form, files = _form(name, terms), list(files)
+    as_of_s = _as_of_s(files, terms)
+    builder = RegistryBuilder()
+    for file in files:
+        _read(form, file, builder.add, progress)
+    with _locked(folder) as folder_fd:
+        serving = None
+        with suppress(RegistryInvalid, FileNotFoundError):  # what is damaged is replaced
+            serving = _map(folder / f"{name}{SUFFIX}", name)[1].header
+        return _finish(folder, folder_fd, name, builder, as_of_s, terms, serving)
+
+
+def change(
+    folder: Path,
+    name: str,
+    *,
+    add: Iterable[Path],
+    delete: Iterable[Path],
+    terms: Terms,
+    progress: Progress = lambda _bytes: None,
+) -> Changed:
+    """Apply change lists to the registry that serves, durable on return; say what they did. Blocks (disk).
+
+    Deletions come first: a number that is in both lists stays listed. Else as `load`; raises RegistryInvalid too if
+    nothing is loaded, or what is loaded is damaged.
+    """
+    form, adds, deletes = _form(name, terms), list(add), list(delete)
+    as_of_s = _as_of_s([*adds, *deletes], terms)
+    with _locked(folder) as folder_fd:
+        try:
+            serving = _map(folder / f"{name}{SUFFIX}", name)[1]
+        except FileNotFoundError:
+            raise RegistryInvalid("there is nothing to change: load the whole list first") from None
+        builder, given, before = RegistryBuilder(serving), [0, 0], serving.count
+        counts = [before]
+        for at, lists in enumerate((deletes, adds)):
+            collected = RegistryBuilder()  # so that a number that is given twice counts once
+            for file in lists:
+                _read(form, file, collected.add, progress)
+            given[at] = collected.count()
+            for numbers in collected.numbers():
+                (builder.remove, builder.add)[at](numbers)
+            counts.append(builder.count())
+        deleted, added = counts[0] - counts[1], counts[2] - counts[1]
+        header = _finish(folder, folder_fd, name, builder, as_of_s, terms, serving.header)
+        return Changed(header, added, given[1] - added, deleted, given[0] - deleted)
+
+
+def _form(name: str, terms: Terms) -> ListFormat:
     if not _NAME.fullmatch(name):
         raise InputInvalid("a registry's name has 1 to 64 letters, digits, `_`, `.`, `-`")
-    builder = BitmapBuilder()
-    for file in files:
-        builder.add(parse_us(_lines(file, progress), str(file)))
-    header, chunks = builder.finish(
-        name=name, country=country, calling_code=calling_code, as_of_s=as_of_s, loaded_at_s=now_s
-    )
+    form = terms.form or FORMATS.get(name)
+    if form is None:
+        known = ", ".join(sorted(FORMATS))
+        raise InputInvalid(f"how this list is written is not known by its name, only of {known}: give --map FILE")
+    code = form.calling_code()
+    if code is not None and code != terms.calling_code:
+        raise InputInvalid("the numbers of this format are of another calling code than the policy says")
+    return form
+
+
+def _as_of_s(files: Sequence[Path], terms: Terms) -> int:
+    if not files:
+        raise InputInvalid("give at least one FILE")
+    as_of_s = dated_s(files) if terms.as_of_s is None else terms.as_of_s
+    if as_of_s > terms.now_s + DAY_S:
+        raise InputInvalid("the date of the list lies in the future; give its own with --as-of")
+    return as_of_s
+
+
+def _read(form: ListFormat, file: Path, take: Callable[..., None], progress: Progress) -> None:
+    for member, chunks in contents(file, progress):
+        for numbers in form.read(chunks, member):
+            take(numbers)
+
+
+def _finish(
+    folder: Path,
+    folder_fd: int,
+    name: str,
+    builder: RegistryBuilder,
+    as_of_s: int,
+    terms: Terms,
+    serving: Header | None,
+) -> Header:
+    """Write what was collected in place of what serves, unless that looks wrong."""
+    built = builder.finish(name=name, country=terms.country, as_of_s=as_of_s, loaded_at_s=terms.now_s)
+    if serving is not None:
+        if as_of_s < serving.as_of and not terms.older:
+            raise InputInvalid(f"the list is older than the one loaded; {_STILL}; --older if that is meant")
+        if built.header.count * 2 < serving.count and not terms.smaller:
+            raise InputInvalid(f"the list has not half the numbers of the one loaded; {_STILL}; --smaller if meant")
+    _write(folder, folder_fd, name, built)
+    return built.header
+
+
+def _write(folder: Path, folder_fd: int, name: str, built: Built) -> None:
     final, beside = folder / f"{name}{SUFFIX}", folder / f".{name}{SUFFIX}.new"
     try:
-        with _locked(folder) as folder_fd:
-            try:
-                descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
-                with os.fdopen(descriptor, "wb") as out:
-                    os.fchmod(descriptor, 0o600)
-                    out.writelines(chunks)
-                    out.flush()
-                    os.fsync(descriptor)
-                beside.replace(final)
-                os.fsync(folder_fd)
-            finally:
-                beside.unlink(missing_ok=True)
+        try:
+            descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+            with os.fdopen(descriptor, "wb") as out:
+                os.fchmod(descriptor, 0o600)
+                out.writelines(built.chunks())
+                out.flush()
+                os.fsync(descriptor)
+            beside.replace(final)
+            os.fsync(folder_fd)
+        finally:
+            beside.unlink(missing_ok=True)
     except OSError as error:
-        raise RegistryInvalid(
-            f"cannot be written: {error.strerror}; what was loaded before still serves", file=str(final)
-        ) from None
-    return header
+        raise RegistryInvalid(f"cannot be written: {error.strerror}; {_STILL}", file=str(final)) from None
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[int]:
     """Make the folder, private, and keep other loads out of it meanwhile; blocks while one is writing."""
-    for missing in [path for path in (folder, *folder.parents) if not path.exists()][::-1]:
-        missing.mkdir(0o700, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for missing in [path for path in (folder, *folder.parents) if not path.exists()][::-1]:
+            missing.mkdir(0o700, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise RegistryInvalid(f"cannot be written: {error.strerror}", file=str(folder)) from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-def _lines(path: Path, progress: Callable[[int], None]) -> Iterator[bytes]:
-    try:
-        with path.open("rb") as file:
-            while lines := file.readlines(_READ_BYTES):
-                yield from lines
-                progress(sum(map(len, lines)))
-    except OSError as error:
-        raise InputInvalid(f"cannot be read: {error.strerror}", file=str(path)) from None

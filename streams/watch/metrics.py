@@ -1,9 +1,9 @@
 """Every metric there is, in one table; `python -m streams.watch.metrics` prints docs/metrics.md from it.
 
 Rules of this file:
-- A metric is a row of the table. Labels take values of closed sets: streams, reason codes, stages; never an account, a
-  number, an id, a token or anything else of a record. A series of a closed set is there from the start, as 0: else
-  Prometheus would not see the first thing that goes wrong.
+- A metric is a row of the table. Labels take values of closed sets: streams, reason codes, stages, the policy's lists;
+  never an account, a number, an id, a token or anything else of a record. A series of a closed set is there from the
+  start, as 0: else Prometheus would not see the first thing that goes wrong.
 - Everything is counted once a batch, never once a record.
 - A gauge of an instant holds Unix seconds; how long ago that is, Prometheus and `/readyz` ask their own clock. So
   it goes on growing for a worker that hangs.
@@ -38,7 +38,7 @@ from processors.screen.verdict import REASONS as REFUSED
 from schemas.catalog import CATALOG, INPUTS
 from schemas.errors import Retriable
 from streams.keys.store import Kms
-from streams.watch.watch import Moment, Overdue, Stages, Watch, Work
+from streams.watch.watch import Moment, Overdue, RegistrySeen, Reviews, Stages, Watch, Work
 
 _STAGE_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 _ARRIVAL_BUCKETS_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5, 15, 60, 300, 3600, 21_600, 86_400)
@@ -140,6 +140,18 @@ BEHIND = Row("streamveil_suppressions_behind_records", "gauge", "records",
 UNFIT = Row("streamveil_registries_unfit", "gauge", "registries",
             "Registries of the policy that are required and missing, or too old: marketing to their countries is"
             " refused.", mode="livemax")  # fmt: skip
+REGISTRY_DATE = Row("streamveil_registry_as_of_timestamp_seconds", "gauge", "Unix seconds",
+                    "The list's own date, as the worker with the oldest has it; 0: not loaded.",
+                    ("registry",), open="registry: those that the policy names", mode="livemin")  # fmt: skip
+REGISTRY_MAX_AGE = Row("streamveil_registry_max_age_seconds", "gauge", "seconds",
+                       "Marketing to its country is refused once a list is older than this.",
+                       ("registry",), open="registry: as above", mode="livemin")  # fmt: skip
+REGISTRY_REQUIRED = Row("streamveil_registry_required", "gauge", "1",
+                        "1: while the list is not loaded, marketing to its country is refused. 0: it is not screened.",
+                        ("registry",), open="registry: as above", mode="livemax")  # fmt: skip
+REGISTRY_DAMAGED = Row("streamveil_registry_damaged", "gauge", "1",
+                       "1: a file of the list is damaged; the one loaded before serves, if there is one.",
+                       ("registry",), open="registry: as above", mode="livemax")  # fmt: skip
 DENIED = Row("streamveil_openings_denied_total", "counter", "records",
              "Sealed records that were not opened for who asked; not_granted counts calls.",
              ("reason",), _each(DENIALS))  # fmt: skip
@@ -152,6 +164,17 @@ OLDEST_DUE = Row("streamveil_oldest_destruction_due_timestamp_seconds", "gauge",
 REQUESTS_OVERDUE = Row("streamveil_requests_overdue", "gauge", "requests",
                        "People's requests that are not done in 15 days, or whose accounts were not told in 24 hours.",
                        mode="livemax")  # fmt: skip
+REVIEWS = Row("streamveil_reviews_undecided", "gauge", "near misses",
+              "Near-miss opt-outs that nobody has decided.", mode="livemax")  # fmt: skip
+REVIEWS_SOON = Row("streamveil_reviews_due_soon", "gauge", "near misses",
+                   "Of these, those that are due within two days.", mode="livemax")  # fmt: skip
+REVIEWS_OVERDUE = Row("streamveil_reviews_overdue", "gauge", "near misses",
+                      "Those whose 10 business days are over, or that cannot be read.", mode="livemax")  # fmt: skip
+REVIEWS_DIED = Row("streamveil_reviews_died_undecided", "gauge", "near misses",
+                   "Near-miss opt-outs that died undecided in the last 24 hours.", mode="livemax")  # fmt: skip
+REVIEWS_SEEN = Row("streamveil_reviews_seen_timestamp_seconds", "gauge", "Unix seconds",
+                   "When the slowest worker last looked at near misses. Before the first time: its start.",
+                   mode="livemin")  # fmt: skip
 KEKS = Row("streamveil_keks", "gauge", "keys", "Key-encryption keys that the key management service has.",
            mode="livemax")  # fmt: skip
 RETENTION = Row("streamveil_retention_runs_total", "counter", "runs",
@@ -176,7 +199,9 @@ INSTANTS = {
 
 TABLE = (
     RECORDS, BATCHES, RETRIES, FENCED, STAGES, ARRIVAL, LAG, OLDEST, CLEAR, SEALED, CHECKED, UNSEALED, KEY_LOOKUPS,
-    KEY_CACHE, KMS, BEHIND, UNFIT, DENIED, OVERDUE, OLDEST_DUE, REQUESTS_OVERDUE, KEKS, RETENTION, UP, WANTED, BUILD,
+    KEY_CACHE, KMS, BEHIND, UNFIT, REGISTRY_DATE, REGISTRY_MAX_AGE, REGISTRY_REQUIRED, REGISTRY_DAMAGED, DENIED,
+    OVERDUE, OLDEST_DUE, REQUESTS_OVERDUE, REVIEWS, REVIEWS_SOON, REVIEWS_OVERDUE, REVIEWS_DIED, REVIEWS_SEEN, KEKS,
+    RETENTION, UP, WANTED, BUILD,
     *INSTANTS.values(),
 )  # fmt: skip
 """The table of all metrics."""
@@ -250,12 +275,18 @@ class Metrics(Watch):
         self._overdue = gauge(OVERDUE)
         self._oldest_due = gauge(OLDEST_DUE)
         self._requests = gauge(REQUESTS_OVERDUE)
+        self._registries = (
+            gauge(REGISTRY_DATE), gauge(REGISTRY_MAX_AGE), gauge(REGISTRY_REQUIRED), gauge(REGISTRY_DAMAGED),
+        )  # fmt: skip
+        self._reviews = (gauge(REVIEWS), gauge(REVIEWS_SOON), gauge(REVIEWS_OVERDUE), gauge(REVIEWS_DIED))
+        self._reviews_seen = gauge(REVIEWS_SEEN)
         self._keks = gauge(KEKS)
         self._up = gauge(UP)
         self._instants = {moment: gauge(row) for moment, row in INSTANTS.items()}
         for moment in Moment:
             self.reached(moment)
         self._oldest_due[()].set(time.time())
+        self._reviews_seen[()].set(time.time())
         for stream in INPUTS:
             self._oldest[stream,].set(time.time())
 
@@ -317,6 +348,15 @@ class Metrics(Watch):
         """Take note of how many registries that the policy asks for are missing or too old."""
         self._unfit[()].set(registries)
 
+    def registries(self, seen: Sequence[RegistrySeen]) -> None:
+        """Take note of the registries that the policy asks for."""
+        dates, ages, required, damaged = self._registries
+        for one in seen:
+            dates[one.name,].set(one.as_of_s or 0)
+            ages[one.name,].set(one.max_age_s)
+            required[one.name,].set(one.required)
+            damaged[one.name,].set(one.damaged)
+
     def keeps(self, ring: KeyRing) -> None:
         """Take note of how many keys are in memory."""
         self._cache["epochs",].set(len(ring.epochs))
@@ -329,6 +369,15 @@ class Metrics(Watch):
         self._oldest_due[()].set(time.time() if found.oldest_s is None else found.oldest_s)
         self._requests[()].set(found.requests)
         self._keks[()].set(found.keks)
+
+    def reviews(self, found: Reviews, died: int) -> None:
+        """Take note of the near-miss opt-outs that wait for a decision, looked at now.
+
+        `died`: how many died undecided in the last 24 hours.
+        """
+        for gauge, count in zip(self._reviews, (*found, died), strict=True):
+            gauge[()].set(count)
+        self._reviews_seen[()].set(time.time())
 
     def of_kms(self, kms: Kms) -> Kms:
         """Return the key management service, its calls counted."""

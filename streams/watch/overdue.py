@@ -1,9 +1,16 @@
-"""What should have been done by now: destructions whose instant has passed, people's requests whose clock ran out."""
+"""What should have been done by now: destructions, people's requests, Do-Not-Call lists that are to be loaded.
 
+Near misses have their clock in `streams.state.reviews`.
+"""
+
+from collections.abc import Collection
 from datetime import UTC, datetime, timedelta
 
+from processors.retention import DAY_S
+from processors.screen.registry import RegistryView
+from schemas.policy import Policy
 from streams.keys.store import KeyStore
-from streams.watch.watch import Overdue
+from streams.watch.watch import Overdue, RegistrySeen
 
 LOOK_EVERY_S = 60.0
 LATE_S = 15 * 60
@@ -29,3 +36,17 @@ def _over_s(day: str) -> int:
     """Return when a day is over, Unix s."""
     midnight = datetime.fromisoformat(day).replace(tzinfo=UTC) + timedelta(days=1)
     return int(midnight.timestamp())
+
+
+def registries_seen(policy: Policy, registries: RegistryView, damaged: Collection[str]) -> list[RegistrySeen]:
+    """Return each registry that a policy names, as this process has it."""
+    return [
+        RegistrySeen(
+            rule.name,
+            None if (found := registries.get(rule.name)) is None else found.as_of_s,
+            rule.max_age_days * DAY_S,
+            rule.required,
+            rule.name in damaged,
+        )
+        for rule in policy.screening.registry
+    ]

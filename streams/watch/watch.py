@@ -60,6 +60,27 @@ class Overdue(NamedTuple):
     keks: int
 
 
+class Reviews(NamedTuple):
+    """How many near-miss opt-outs are undecided, how many of these are due soon, and how many are overdue."""
+
+    undecided: int
+    due_soon: int
+    overdue: int
+
+
+class RegistrySeen(NamedTuple):
+    """One registry of the policy, as a worker has it; `as_of_s`: the list's own date (Unix s), None: not loaded.
+
+    `damaged`: a file of it could not be read; the one before serves, if there is one.
+    """
+
+    name: str
+    as_of_s: int | None
+    max_age_s: int
+    required: bool
+    damaged: bool
+
+
 class Watch:
     """The watch of a worker that nobody watches."""
 
@@ -93,6 +114,9 @@ class Watch:
     def unfit(self, registries: int) -> None:
         """Take note of how many registries that the policy asks for are missing or too old."""
 
+    def registries(self, seen: Sequence[RegistrySeen]) -> None:
+        """Take note of the registries that the policy asks for."""
+
     def keeps(self, ring: KeyRing) -> None:
         """Take note of how many keys are in memory."""
 
@@ -102,6 +126,12 @@ class Watch:
 
     def overdue(self, found: Overdue) -> None:
         """Take note of what should have been done by now, and how many key-encryption keys there are."""
+
+    def reviews(self, found: Reviews, died: int) -> None:
+        """Take note of the near-miss opt-outs that wait for a decision, looked at now.
+
+        `died`: how many died undecided in the last 24 hours.
+        """
 
 
 class Watched:

@@ -15,8 +15,8 @@ from processors.keyring import EpochKey, KeyRing, Needs, PersonSecret
 from processors.pipeline import Inbox, Pipeline
 from processors.plan import Planner
 from processors.retention import instant
+from processors.screen.registry import RegistryView
 from processors.screen.suppression import Suppressions, Tokens
-from processors.screen.verdict import RegistryView
 from processors.seal import ENTROPY_BYTES, Entropy
 from schemas.catalog import CATALOG
 from schemas.errors import Fatal, Unsealed
@@ -38,7 +38,7 @@ _ENVELOPE = frozenset({"privacy", "v"})
 _ACCOUNTS = _ENVELOPE | {"account_id"}
 _CLEAR = {
     "verdicts": _ACCOUNTS | {"record_id", "channel", "purpose", "verdict", "reason", "clause", "codes", "decided_at",
-                             "not_after", "defer_until", "second"},
+                             "not_after", "defer_until", "second", "exemption", "confirmation"},
     "cleared": _ACCOUNTS | {"record_id", "channel", "purpose", "not_after"},
     "content": _ACCOUNTS | {"day"},
     "cdr.pii": _ACCOUNTS | {"month"},

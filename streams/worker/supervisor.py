@@ -24,7 +24,7 @@ from schemas.errors import Action, Fatal, Retriable, StreamveilError, action_for
 from streams.config import Config
 from streams.deployment import Deployment, worker_slot
 from streams.keys.opening import store_exists
-from streams.keys.store import KeyStore
+from streams.state.reviews import OpenReviews
 from streams.watch.overdue import LOOK_EVERY_S, overdue
 from streams.watch.watch import FOLDER_VARIABLE, Watch, Watched
 from streams.worker.selftest import selftest
@@ -99,7 +99,7 @@ async def _opened(
         selftest(config.policy, registries, int(time.time()))
         cache, lease = deployment.keys()
         worker_id = opened.enter_context(worker_slot(config))
-        await opened.enter_async_context(_overdue_told(deployment.store, watch))
+        await opened.enter_async_context(_overdue_told(deployment, watch))
         await parts.enter_async_context(opened.pop_all())
     return Worker(
         deployment.log,
@@ -108,6 +108,8 @@ async def _opened(
         cache,
         lease,
         registries,
+        deployment.suppressions(waits=False),
+        deployment.exemptions(waits=False),
         refresh=deployment.refresh_tokens,
         margin_s=deployment.margin_s,
         batch_records=config.batch_records,
@@ -119,13 +121,19 @@ async def _opened(
 
 
 @asynccontextmanager
-async def _overdue_told(store: KeyStore, watch: Watch) -> AsyncIterator[None]:
+async def _overdue_told(deployment: Deployment, watch: Watch) -> AsyncIterator[None]:
     """Tell, once a minute while the block runs, what is overdue; what cannot be seen now is seen next time."""
+    reviews = OpenReviews(deployment.log)
 
     async def look() -> None:
         while True:
+            now_s = int(time.time())
             with suppress(Retriable):
-                watch.overdue(overdue(store, int(time.time())))
+                watch.overdue(overdue(deployment.store, now_s))
+            with suppress(StreamveilError):  # a worker goes on without them; that nobody looks is told too
+                await reviews.catch_up()
+                reviews.forget_dead(now_s)
+                watch.reviews(reviews.clocks(now_s), reviews.died(now_s))
             await asyncio.sleep(LOOK_EVERY_S)
 
     looking = asyncio.create_task(look()) if watch.on else None

@@ -14,14 +14,15 @@ from contextlib import suppress
 
 from processors.keyring import Needs
 from processors.pipeline import Inbox, Outcome, Pipeline
-from processors.screen.verdict import RegistryView
+from processors.screen.registry import RegistryView
 from processors.seal import ENTROPY_BYTES, Entropy
 from schemas.errors import Action, Fenced, Retriable, StreamveilError, TokensChange, action_for
 from schemas.policy import Policy
 from streams.keys.cache import KeyCache, KeyLease
 from streams.log.protocol import Batch, Consumer, Log
+from streams.state.entries import EntryTail
 from streams.state.registries import Registries
-from streams.state.suppressions import STREAM, SuppressionTail
+from streams.watch.overdue import registries_seen
 from streams.watch.unread import Unread
 from streams.watch.watch import Moment, Stages, Watch, Work
 from streams.worker.selftest import check_leaving
@@ -47,6 +48,8 @@ class Worker:
         keys: KeyCache,
         lease: KeyLease,
         registries: Registries,
+        suppressions: EntryTail,
+        exemptions: EntryTail,
         *,
         refresh: Callable[[], Pipeline],
         margin_s: float = 0.0,
@@ -73,7 +76,8 @@ class Worker:
         self._refresh = refresh
         self._settled_at: int | None = None  # the destruction sequence at which the pipeline was that of the token key
         self._margin_s = margin_s
-        self._tail = SuppressionTail(log, pipeline.tokens.version)
+        self._suppressions = suppressions
+        self._exemptions = exemptions
         self._unread = Unread(log, consumer)
         self._looked_s = -LOOK_EVERY_S
         self._forgotten_s = 0.0
@@ -143,17 +147,20 @@ class Worker:
             pipeline = self._refresh()
             if pipeline is not self._pipeline:  # its entries have been read beside those of the key before
                 self._pipeline = pipeline
-                self._tail.follow(pipeline.tokens.version)
+                self._suppressions.follow(pipeline.tokens.version)
+                self._exemptions.follow(pipeline.tokens.version)
             self._settled_at = self._lease.sequence
 
     async def _catch_up(self) -> None:
-        """Read `suppressions` to its high watermark. Raises Retriable if that cannot be done now."""
+        """Read opt-outs and exemptions to their high watermarks. Raises Retriable if that cannot be done now."""
         try:
-            await self._tail.catch_up()
+            await self._suppressions.catch_up()
+            await self._exemptions.catch_up()
         except Retriable:
             if self._watch.on:
                 with suppress(Retriable):
-                    ends, stable = await self._log.end_offsets(STREAM), await self._log.stable_offsets(STREAM)
+                    stream = self._suppressions.stream
+                    ends, stable = await self._log.end_offsets(stream), await self._log.stable_offsets(stream)
                     self._watch.behind(sum(ends) - sum(stable))
             raise
         self._watch.reached(Moment.CAUGHT_UP)
@@ -165,7 +172,7 @@ class Worker:
         inbox = Inbox(batch.stream, batch.partition, batch.offset, values, batch.offsets)
         began_s = time.perf_counter()
         pipeline = self._pipeline
-        prepared = pipeline.prepare(inbox, self._tail.view, self._registries, now_s)
+        prepared = pipeline.prepare(inbox, self._suppressions.view, self._registries, now_s, self._exemptions.view)
         prepared_s = time.perf_counter()
         missed = self._missed(prepared.needs)
         fetch_s = time.perf_counter()
@@ -183,7 +190,7 @@ class Worker:
         stages_s = Stages(
             prepared_s - began_s, fetched_s - fetch_s, completed_s - fetched_s, time.perf_counter() - commit_s
         )
-        self._tail.view.merge(prepared.overlay)
+        self._suppressions.view.merge(prepared.overlay)
         outcomes = Counter(prepared.outcomes)
         self.outcomes.update(outcomes)
         asked = (len(prepared.needs.epochs), len(prepared.needs.persons))
@@ -206,6 +213,7 @@ class Worker:
         self._looked_s = now_s
         self._watch.keeps(self._keys.ring)
         self._watch.unfit(unfit(self._pipeline.policy, self._registries, time.time()))
+        self._watch.registries(registries_seen(self._pipeline.policy, self._registries, self._registries.damaged()))
         with suppress(Retriable):
             for stream, (lags, oldest_s) in (await self._unread.look()).items():
                 self._watch.unread(stream, lags, oldest_s)
@@ -237,8 +245,8 @@ class Worker:
 
 def unfit(policy: Policy, registries: RegistryView, now_s: float) -> int:
     """Return how many registries of a policy are required and missing, or too old to be used."""
-    ages_s = [
-        (rule, None if (as_of := registries.as_of(rule.name)) is None else now_s - as_of)
-        for rule in policy.screening.registry
-    ]
-    return sum(rule.required if age_s is None else age_s > rule.max_age_days * DAY_S for rule, age_s in ages_s)
+    found = [(rule, registries.get(rule.name)) for rule in policy.screening.registry]
+    return sum(
+        rule.required if registry is None else now_s - registry.as_of_s > rule.max_age_days * DAY_S
+        for rule, registry in found
+    )

@@ -329,6 +329,10 @@ WRONG = [
     ("registry", "load", NUMBER, NUMBER), ("registry", NUMBER), ("quarantine", "replay", NUMBER),
     ("quarantine", "discard", "--all", "--reason", f"{NUMBER} {WORDS}"), ("keys", NUMBER), ("policy", NUMBER),
     ("retention", "calendar", "--now", NUMBER), ("demo", NUMBER), ("--help-me", NUMBER),
+    ("review", NUMBER), ("review", "list", "--reveal", "--reason", f"for {NUMBER}"),
+    ("review", "decide", NUMBER, "dismiss", "--reason", "C-1"), ("review", "decide", "0/0", WORDS, "--reason", "C-1"),
+    ("review", "decide", "0/0", "dismiss", "--reason", f"for {NUMBER}"),
+    ("screen", "--file", NUMBER, "--account", "a", "--channel", "sms", "--purpose", "otp", "--time-zone", WORDS),
 ]  # fmt: skip
 
 
@@ -362,9 +366,9 @@ def test_a_bad_file_is_reported_by_name_and_line_only(tmp_path, name):
     texts["as a policy"] = place.call("policy", "check", tmp_path / name).err.encode()
     texts["as opt-outs"] = place.call("optout", "import", tmp_path / name).err.encode()
     texts["as a registry"] = place.call("registry", "load", "us-dnc", tmp_path / name).err.encode()
-    texts["as numbers"] = place.call(
-        "screen", "--file", tmp_path / name, "--account", "acme", "--channel", "sms", "--purpose", "otp"
-    ).out.encode()
+    listed = ("screen", "--file", tmp_path / name, "--account", "acme", "--channel", "sms", "--purpose", "otp")
+    texts["as numbers"] = place.call(*listed, "--json").out.encode()
+    texts["as a list"] = place.call(*listed, "--out", tmp_path / "screened.csv").err.encode()
     texts["run"] = place.call("run", "--until-idle").err.encode()
     assert all(b"Traceback" not in text for text in texts.values())
     assert found(texts | on_disk(place), [NUMBER, WORDS]) == []

@@ -403,7 +403,7 @@ def test_a_file_gives_an_answer_a_row(call, tmp_path, text):
     call("optout", "add", PERSON)
     file = tmp_path / "in.csv"
     file.write_text(text)
-    done = call("screen", "--file", file, "--account", "acme", "--channel", "sms", "--purpose", "marketing")
+    done = call("screen", "--file", file, "--account", "acme", "--channel", "sms", "--purpose", "marketing", "--json")
     assert done.status == 0
     assert [(line["row"], line["reason"]) for line in done.out] == [
         (1, "opted_out"), (2, "no_recipient"), (3, None), (4, "recipient_not_normalised"),

@@ -148,6 +148,19 @@ def test_every_runnable_command_of_the_page_about_requests_runs_as_it_stands(tmp
         assert shown in done.stdout
 
 
+def test_every_runnable_command_of_the_page_about_near_misses_runs_as_it_stands(tmp_path):
+    done = run_script(tmp_path, commands(ROOT / "docs" / "review.md", "sh runnable"))
+    for shown in ("pls stop this", "opted out: 1", '"reason":"opted_out"'):
+        assert shown in done.stdout
+
+
+def test_every_runnable_command_of_the_page_about_lists_runs_as_it_stands(tmp_path):
+    done = run_script(tmp_path, commands(ROOT / "docs" / "campaign-lists.md", "sh runnable"))
+    assert "ref,number,country,time_zone,verdict,reason,clause,defer_until,exemption\n" in done.stdout
+    assert "1,+447700900800,GB,,refused,opted_out,KAL-5,,\n" in done.stdout
+    assert "screened 3: 1 cleared, 2 refused" in done.stderr
+
+
 def test_every_command_of_the_officers_guide_runs_as_it_stands(tmp_path):
     done = run_script(tmp_path, commands(ROOT / "docs" / "officer-guide.md", "sh"))
     assert "erased: person secrets destroyed in the platform's own data: 1" in done.stdout

@@ -27,7 +27,7 @@ from streams.log.connection import Connection, Place, patient, tls_context
 from streams.log.fencing import Offsets, Writer
 from streams.log.kafka import KafkaLog
 from streams.log.protocol import Bookmark, Message, Output
-from streams.state.suppressions import SuppressionTail
+from streams.state.entries import SUPPRESSIONS, EntryTail
 from tests.support.kafka import make_topics
 
 LEASE_S = 3.0
@@ -186,7 +186,7 @@ async def test_offsets_that_an_open_transaction_may_move_are_not_told(opened, to
 async def test_opt_outs_that_are_written_and_not_committed_stop_clearing_until_they_are_decided(opened, topics):
     log = opened_log(opened, topics)
     place = Place(await log.topic("suppressions"), 1)
-    tail = SuppressionTail(log, 1)
+    tail = EntryTail(log, SUPPRESSIONS, 1)
     assert await tail.catch_up() == 0
     writer = Writer(log.connection, f"{topics.prefix}stalls")
     await writer.fence()
@@ -208,7 +208,7 @@ async def test_a_writer_that_stalls_is_ended_by_its_time_out_and_fenced(opened, 
     await writer.fence()
     writer._deadline_s = time.monotonic() + 10
     await writer._fill({place: messages(b"x")}, None)
-    tail = SuppressionTail(log, 1)
+    tail = EntryTail(log, SUPPRESSIONS, 1)
 
     deadline_s = time.monotonic() + 30
     while True:

@@ -18,8 +18,7 @@ from streams.keys.ledger import Mark
 from streams.keys.store import Gone
 from streams.officer.leases import drained
 from streams.officer.rotation import SWITCH, Copy, drop_old_tokens, rotate_tokens
-from streams.optout import Entry, OptOuts
-from streams.state.suppressions import STREAM, SuppressionTail
+from streams.optout import STREAM, Entry, OptOuts
 from streams.worker.worker import Worker
 from tests.support.commands import SHORT_LEASE, Place, ago, eventually, is_stopped, one_line
 from tests.support.records import preference, reply, sms_request
@@ -75,7 +74,7 @@ def states(place):
     """Return the states of all entries under the current token key, by number where an export knows it."""
 
     async def view(deployment):
-        tail = SuppressionTail(deployment.log, deployment.tokens.version)
+        tail = deployment.suppressions()
         await tail.catch_up()
         return {number: dict(tail.view.get(deployment.tokens.of(number)) or {}) for number in (PERSON, OTHER, THIRD)}
 
@@ -624,7 +623,7 @@ def test_a_worker_whose_lease_was_renewed_by_half_does_not_miss_the_hold(place):
         lease = KeyLease(store, "w-1", clock=lambda: time.time() + ahead[0])
         worker = Worker(
             log, log.consumer("w-1"), deployment.pipeline, KeyCache(store, lease), lease, deployment.registries(),
-            refresh=deployment.refresh_tokens, batch_records=100,
+            deployment.suppressions(), deployment.exemptions(), refresh=deployment.refresh_tokens, batch_records=100,
         )  # fmt: skip
         await worker._step(0.05)
         copy = Copy(deployment, 1, store.add_token_key())

@@ -14,7 +14,7 @@ from schemas.errors import Fenced, LogBusy, LogFull, LogUnusable
 from streams.log import sqlite
 from streams.log.protocol import Bookmark, Message, Output
 from streams.log.sqlite import SqliteLog
-from streams.state.suppressions import SuppressionTail
+from streams.state.entries import SUPPRESSIONS, EntryTail
 
 CANARY = re.compile(rb"<canary \d{6}>")
 SPAWN = multiprocessing.get_context("spawn")
@@ -335,7 +335,7 @@ def test_others_write_while_a_long_cut_goes_on(opened, path, monkeypatch):
 def test_a_reader_of_opt_outs_goes_on_over_what_was_cut_off(opened, path):
     # Given a reader that has seen the first of three
     log, other = opened(path, partitions=1), opened(path)
-    tail = SuppressionTail(other, 1)
+    tail = EntryTail(other, SUPPRESSIONS, 1)
 
     def give(token):
         key = f"1.{token:032x}|platform|all|sms|person|out".encode()

@@ -5,10 +5,12 @@ import contextlib
 import os
 import signal
 import sqlite3
+import time
 import urllib.error
 import urllib.request
 from argparse import Namespace
 from collections import Counter
+from datetime import UTC, datetime
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -17,10 +19,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from processors.pipeline import Pipeline
 from schemas import errors
 from schemas.catalog import INPUTS
-from schemas.errors import Action, Fenced, InputInvalid, LogBusy
+from schemas.errors import Action, Fenced, InputInvalid, LogBusy, LogUnusable
 from schemas.outbound import Message, Output
 from streams.config import load
 from streams.log.sqlite import SqliteConsumer, SqliteLog
+from streams.state.reviews import SOON_S, OpenReviews, clock
 from streams.watch.metrics import Metrics
 from streams.watch.unread import READS, Unread
 from streams.watch.watch import denied
@@ -29,7 +32,7 @@ from streams.worker import worker as worker_module
 from tests.property.test_canary_pure import PLANTED, texts_of
 from tests.support.commands import Place, ago, eventually, one_line
 from tests.support.prometheus import free_port
-from tests.support.records import found_in, haystack, sms_cdr, sms_request
+from tests.support.records import found_in, haystack, reply, sms_cdr, sms_request
 
 PATHS = ("/metrics", "/healthz", "/readyz")
 
@@ -413,6 +416,49 @@ def test_lag_and_age_reach_the_metrics_while_a_batch_is_under_way(place, registr
     lags, sizes = seen[::2], seen[1::2]
     assert lags == [8 - sum(sizes[:at]) for at in range(len(sizes))]
     assert registry.get_sample_value("streamveil_key_cache_entries", {"kind": "persons"}) > 0
+
+
+def _is_due_soon(days):
+    """Return whether what came so many days ago is due within two days, whatever day of the week it is."""
+    due_s = clock("acme", ago(days * 86_400 + 60)[:10], "8999-01-01T00:00:00Z").due_s
+    return time.time() + 600 < due_s < time.time() + SOON_S
+
+
+def test_near_misses_and_do_not_call_lists_reach_the_metrics(place, registry):
+    # Given near misses, one overdue, one due soon, one decided, and one list that is loaded
+    ages_days = {"late": 20, "soon": next(filter(_is_due_soon, range(9, 15))), "new": 0, "done": 1}
+    for name, days in ages_days.items():
+        place.publish(reply("pls stop this", record_id=name, occurred_at=ago(days * 86_400 + 60)))
+        place.work()
+        if name == "done":
+            newest = place.call("review", "list", "--json").lines[-2]
+            assert place.call("review", "decide", newest["place"], "dismiss", "--reason", "C-1").status == 0
+    (place.folder / "us.txt").write_text("212,5550100\n")
+    words = ("registry", "load", "us-dnc", place.folder / "us.txt", "--as-of", "2026-11-01T00:00:00Z")
+    assert place.call(*words).status == 0
+    # When a worker looks
+    place.work()
+    # Then it tells all of it, and that it has looked
+    found = {name: registry.get_sample_value(f"streamveil_reviews_{name}") for name in
+             ("undecided", "due_soon", "overdue", "died_undecided")}  # fmt: skip
+    assert found == {"undecided": 3, "due_soon": 1, "overdue": 1, "died_undecided": 0}
+    assert registry.get_sample_value("streamveil_reviews_seen_timestamp_seconds") > time.time() - 60
+    dates = {name: registry.get_sample_value("streamveil_registry_as_of_timestamp_seconds", {"registry": name})
+             for name in ("us-dnc", "uk-tps")}  # fmt: skip
+    assert dates == {"us-dnc": datetime(2026, 11, 1, tzinfo=UTC).timestamp(), "uk-tps": 0}
+    assert registry.get_sample_value("streamveil_registry_max_age_seconds", {"registry": "uk-tps"}) == 28 * 86_400
+
+
+def test_a_worker_goes_on_when_near_misses_cannot_be_looked_at(place, registry, monkeypatch):
+    before_s = registry.get_sample_value("streamveil_reviews_seen_timestamp_seconds")
+
+    async def fails(_):
+        raise LogUnusable("not yours to read", stream="review")
+
+    monkeypatch.setattr(OpenReviews, "catch_up", fails)
+    place.publish(request(1))
+    assert place.work() == 1
+    assert registry.get_sample_value("streamveil_reviews_seen_timestamp_seconds") == before_s
 
 
 # --- nobody is in it ----------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ Everything is pure and comes from fixed seeds: the same test gives the same byte
 
 import hashlib
 from base64 import b64encode, urlsafe_b64encode
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +20,7 @@ from processors.keyring import EpochKey, KeyRing, Needs, PersonSecret
 from processors.pipeline import Inbox, Pipeline, Prepared
 from processors.plan import Planner
 from processors.screen.suppression import Suppressions, Tokens, View
+from processors.screen.verdict import NOBODY
 from processors.seal import Entropy
 from schemas.catalog import CATALOG
 from schemas.outbound import Message, Output
@@ -103,17 +104,30 @@ def account(name="acme", rules=""):
     return f'[[account]]\nid = "{name}"\n{rules}\n'
 
 
+class Listed(NamedTuple):
+    """One registry of a test."""
+
+    name: str
+    as_of_s: int
+    numbers: Collection[str]
+    country: str = "US"
+
+    @property
+    def count(self):
+        return len(self.numbers)
+
+    def lists(self, number):
+        return number in self.numbers
+
+
 class Lists:
     """Registries of a test: name → (as of, numbers)."""
 
     def __init__(self, **lists):
         self._lists = {name.replace("_", "-"): found for name, found in lists.items()}
 
-    def lists(self, name, number):
-        return number in self._lists[name][1]
-
-    def as_of(self, name):
-        return self._lists[name][0] if name in self._lists else None
+    def get(self, name):
+        return Listed(name, *self._lists[name]) if name in self._lists else None
 
 
 def a_ring(needs: Needs, now_s=0):
@@ -178,11 +192,12 @@ def run(
     partition=0,
     shuffle=True,
     partitions=4,
+    exemptions=NOBODY,
 ) -> Run:
     """Return what the pipeline makes of the records (dicts or bytes), under keys of `a_ring`."""
     pipeline = Pipeline(Planner(policy or policy_of()), TOKENS, classes)
     inbox = Inbox(stream, partition, 0, [raw(value) for value in values])
-    prepared = pipeline.prepare(inbox, view or Suppressions(), registries or Lists(), now_s)
+    prepared = pipeline.prepare(inbox, view or Suppressions(), registries or Lists(), now_s, exemptions)
     ring = a_ring(prepared.needs, now_s)
     return Run(pipeline, prepared, ring, pipeline.complete(prepared, ring, Entropy(seed), partitions, shuffle=shuffle))
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from processors.exemption import months_later_s
 from processors.plan import Planner
 from schemas.catalog import BOOKMARKED, CATALOG, CUT, CUTTER, INPUTS, ROLES, TRAFFIC, WATCHER, Domain
 from schemas.errors import InputInvalid
-from schemas.policy import parse_policy
+from schemas.policy import MAX_EXEMPT_MONTHS, parse_policy
 from streams.config import Kafka, packs_available
 from streams.log.provision import (
     CLEANING_MS,
@@ -153,6 +154,8 @@ def longest_ms(name):
             note("review", made.moment.day_ms, made.review_expires_s)
             note("cdr.pii", made.moment.day_ms, made.pii.deadline_s)
             note("cdr.anonymous", made.moment.coarse_ms, made.anonymous.deadline_s)
+        ends_s = months_later_s(now_s, MAX_EXEMPT_MONTHS)
+        note("exemptions", now_s * 1000, planner.until("exemptions", "acme", now_s, ends_s).deadline_s)
         for stream in ("verdicts", "cleared", "billing.deltas", "suppressions", "quarantine", "audit"):
             note(stream, now_s * 1000, planner.output(stream, "", now_s).deadline_s)
         note("held", now_s * 1000, planner.calendar.created_deadline_s("held", now_s))

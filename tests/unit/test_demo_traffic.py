@@ -12,7 +12,7 @@ import pytest
 
 from processors.pipeline import Inbox, Outcome, Pipeline
 from processors.plan import Planner
-from processors.screen.registry import parse_us
+from processors.screen.lists import FORMATS
 from processors.screen.suppression import Suppressions, Tokens
 from schemas.fields import normalise
 from streams.cli.demo import RECORDS
@@ -292,7 +292,8 @@ def test_prices_are_decimal_texts_and_follow_from_what_is_billed(records):
 
 
 def test_the_registry_lists_people_of_the_traffic(traffic, records):
-    numbers = {f"+1{national}" for national in parse_us((line.encode() for line in traffic.registry), "made")}
+    (listed,) = FORMATS["us-dnc"].read(["\n".join(traffic.registry).encode()], "made")
+    numbers = {f"+{number}" for number in listed.tolist()}
     assert len(numbers) == len(traffic.registry) > 50
     assert numbers & {one.get("recipient") for one in records}
 

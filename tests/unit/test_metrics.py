@@ -21,7 +21,8 @@ from schemas.outbound import Message, Output
 from streams.log.protocol import Batch
 from streams.watch.http import Expected, Served, unready
 from streams.watch.metrics import DENIALS, TABLE, Known, Metrics, documentation, served_registry
-from streams.watch.watch import Moment, Overdue, Stages, Watch, Work, denied
+from streams.watch.overdue import registries_seen
+from streams.watch.watch import Moment, Overdue, RegistrySeen, Reviews, Stages, Watch, Work, denied
 from streams.worker.selftest import _CLEAR, check_leaving
 from streams.worker.worker import unfit
 from tests.support.prometheus import programs
@@ -74,10 +75,13 @@ def test_no_label_can_hold_anything_of_a_record():
     labels = {label for row in TABLE for label in row.labels}
     assert labels == {
         "type", "outcome", "reason", "stream", "error", "stage", "partition", "kind", "operation", "version",
+        "registry",
     }  # fmt: skip
     # Then none is a field of a record but its type, and what is not listed beforehand is open for a stated reason
     assert labels & FIELDS == {"type"}
-    assert {row.name for row in TABLE if row.open} == {"streamveil_lag_records", "streamveil_build_info"}
+    assert {row.name for row in TABLE if row.open and row.labels != ("registry",)} == {
+        "streamveil_lag_records", "streamveil_build_info",
+    }  # fmt: skip
     assert all(row.series or row.open for row in TABLE if row.labels)
 
 
@@ -318,6 +322,33 @@ def test_what_is_overdue_is_shown_and_where_nothing_is_due_the_time_of_the_look(
     monkeypatch.setattr("streams.watch.metrics.time.time", lambda: 5_000.0)
     metrics.overdue(Overdue(0, None, 0, 40))
     assert value(registry, name) == 5_000
+
+
+def test_each_registry_of_the_policy_is_told_by_its_own_date_and_limit():
+    # Given two lists of the policy, one required, one not loaded
+    rule = '[[screening.registry]]\nname = "{}"\ncountry = "US"\ncalling_code = "1"\nchannels = ["voice"]\n'
+    rule += 'max_age_days = {}\nrequired = {}\nclause = "REG-2"\n'
+    policy = policy_of(rule.format("a", 21, "true") + rule.format("b", 28, "false"))
+    seen = {one.name: one for one in registries_seen(policy, Lists(a=(5_000, ())), ["b"])}
+    assert seen["a"] == RegistrySeen("a", 5_000, 21 * DAY_S, required=True, damaged=False)
+    assert seen["b"] == RegistrySeen("b", None, 28 * DAY_S, required=False, damaged=True)
+    assert set(seen) == {one.name for one in policy.screening.registry}
+    # Then each has a series of its own, and what is not loaded is of 1970
+    registry = CollectorRegistry()
+    Metrics(registry).registries([seen["a"], seen["b"]])
+    for name, told in {"a": (5_000, 21 * DAY_S, 1, 0), "b": (0, 28 * DAY_S, 0, 1)}.items():
+        metrics = ("as_of_timestamp_seconds", "max_age_seconds", "required", "damaged")
+        found = (registry.get_sample_value(f"streamveil_registry_{metric}", {"registry": name}) for metric in metrics)
+        assert tuple(found) == told
+
+
+def test_near_misses_are_told_with_the_time_of_the_look(monkeypatch):
+    registry = CollectorRegistry()
+    metrics = Metrics(registry)
+    monkeypatch.setattr("streams.watch.metrics.time.time", lambda: 5_000.0)
+    metrics.reviews(Reviews(9, 3, 2), 1)
+    names = ("undecided", "due_soon", "overdue", "died_undecided", "seen_timestamp_seconds")
+    assert [value(registry, f"streamveil_reviews_{name}") for name in names] == [9, 3, 2, 1, 5_000]
 
 
 # --- the look before the commit -----------------------------------------------------------------------------------

@@ -97,7 +97,9 @@ def test_the_default_policy_is_the_one_of_the_design():
     assert policy.increment_s(account) == 60
     assert policy.coarsening.time == "hour"
     assert policy.screening.quiet_hours is None
-    assert [(rule.name, rule.required) for rule in policy.registries("voice")] == [("us-dnc", False)]
+    assert [rule.name for rule in policy.registries("voice")] == ["us-dnc", "ca-dncl", "uk-tps", "sg-dnc-voice"]
+    assert [rule.name for rule in policy.registries("sms")] == ["us-dnc", "sg-dnc-text"]
+    assert not any(rule.required for rule in policy.screening.registry)
     roles = {c: policy.role_of("anyone", c, date(2026, 1, 1)) for c in ("content", "traffic", "anonymous", "audit")}
     assert roles == {"content": "processor", "traffic": "controller", "anonymous": "controller", "audit": "controller"}
 
@@ -133,6 +135,7 @@ def test_the_default_policy_in_plain_words():
         "Anonymous records tell the time to the hour (KAL-6).",
         "An opt-out of class service blocks service and transactional (KAL-5).",
         "A keyword such as STOP opts out at account scope, class all, for sms and voice (REG-3).",
+        "Keywords act in English and in fr (REG-3).",
         "Marketing by sms and voice to US (+1) is refused while us-dnc is older than 31 days (REG-2).",
         "Any account is served, listed or not (CAL-2).",
     ):
@@ -222,8 +225,8 @@ def test_screening_answers_come_from_the_document():
     assert policy.not_after_s("marketing") == 300
     assert policy.not_after_s("otp") == 600
     assert policy.blocked_by("service") == ("service",)
-    assert policy.registries("sms") == ()
-    assert len(policy.registries("voice")) == 1
+    assert [rule.name for rule in policy.registries("sms")] == ["sg-dnc-text"]
+    assert len(policy.registries("voice")) == 4
     assert policy.extra_keywords() == (("BASTA", "नहीं"), ("AGAIN",))
 
 
@@ -235,6 +238,7 @@ def test_what_screening_leaves_out_has_defaults():
     assert policy.not_after_s("marketing") == 900
     assert policy.registries("sms") == ()
     assert policy.extra_keywords() == ((), ())
+    assert policy.languages() == ()
 
 
 def test_keep_is_a_count_of_days_months_or_years():
@@ -382,6 +386,14 @@ WRONG = {
     "an opt-in keyword that is YES": (
         policy_with(add='[screening.extra_keywords]\nclause = "REG-3"\nopt_in = [\n"AGAIN",\n"Yes", # HERE\n]\n'),
         "must not be YES",
+    ),
+    "an opt-in keyword that is YES elsewhere": (
+        policy_with(add='[screening.extra_keywords]\nclause = "REG-3"\nopt_in = [\n"Ja, gerne", # HERE\n]\n'),
+        "must not be YES",
+    ),
+    "a language without keywords": (
+        policy_with(('codes = ["fr"]', 'codes = ["fr",\n"xx", # HERE\n]')),
+        "those that do: de, en, es, fr",
     ),
     "a keyword without a letter": (
         policy_with(add='[screening.extra_keywords]\nclause = "REG-3"\nopt_out = ["..."] # HERE\n'),

@@ -6,10 +6,11 @@ from itertools import product
 import orjson
 import pytest
 
-from processors.pipeline import Outcome
-from processors.screen.quiet_hours import QuietHours
-from processors.screen.suppression import Rule, Suppressions, parse_key
-from processors.screen.verdict import GATEWAY_CODES, REASONS, Asked, Subject, verdict
+from processors.pipeline import Inbox, Outcome, Pipeline
+from processors.plan import Planner
+from processors.screen.revocation import keyword_rules
+from processors.screen.suppression import Rule, Suppressions, latest, parse_key, scope_id
+from processors.screen.verdict import GATEWAY_CODES, NOBODY, REASONS, Asked, Screen, Subject
 from schemas.fields import Kind, Party, normalise
 from tests.support.records import (
     AT,
@@ -22,6 +23,7 @@ from tests.support.records import (
     account,
     policy_of,
     preference,
+    raw,
     reply,
     run,
     sms_cdr,
@@ -30,7 +32,8 @@ from tests.support.records import (
     voice_request,
 )
 
-US = "+14155550123"
+PREMIUM = "+19005550199"
+US, TORONTO, TOLL_FREE = "+14155550123", "+14165550123", "+18005550123"
 DAY_S = 86_400
 PURPOSES = ("marketing", "transactional", "otp", "service")
 BLOCKS = {"all": PURPOSES, "marketing": ("marketing",), "service": ("service", "transactional")}
@@ -72,8 +75,8 @@ def marketing(**fields):
 # --- the order of the rules ---------------------------------------------------------------------------------
 
 ORDER = (
-    "request_expired", "country_not_allowed", "child", "opted_out", "blocked_by_officer", "registry_too_old",
-    "on_registry", "quiet_hours",
+    "request_expired", "destination_forbidden", "country_not_allowed", "child", "opted_out", "blocked_by_officer",
+    "registry_too_old", "on_registry", "quiet_hours",
 )  # fmt: skip
 
 
@@ -86,7 +89,7 @@ def test_of_several_reasons_the_first_rule_in_order_decides(first):
         if name in broken:
             view.apply(TOKENS.of(US), Rule("account:acme", "all", "sms", authority), out=True, event_s=0)
     request = marketing(
-        recipient=US,
+        recipient=PREMIUM if "destination_forbidden" in broken else US,
         country="FR" if "country_not_allowed" in broken else "US",
         child="child" in broken,
         occurred_at="2026-11-19T00:00:00Z" if "request_expired" in broken else shape(night),
@@ -106,19 +109,22 @@ def test_every_rule_asked_can_be_listed_with_its_clause():
     noon = instant("2026-11-21T20:00:00Z")
     party = normalise(US)
     subject = Subject("acme", party, TOKENS.of(US), "sms", "marketing", "US", False, noon, ("platform",))
-    quiet = QuietHours(policy.screening.quiet_hours.start_time, policy.screening.quiet_hours.end_time, noon)
-    lists = Lists(us_dnc=(noon, set()))
+    screen = Screen(policy, Lists(us_dnc=(noon, set())), Suppressions(), NOBODY, noon)
     trace = []
-    found = verdict(subject, Suppressions(), lists, policy, policy.account("acme"), quiet, noon, trace)
+    found = screen.verdict(subject, policy.account("acme"), trace)
     assert found.cleared
     assert trace == [
+        Asked("request_age", "INF-3", "pass"),
+        Asked("recipient", "CAL-2", "pass"),
+        Asked("destination", "CAL-11", "pass"),
         Asked("country_allow_list", "CAL-11", "pass"),
         Asked("child", "REG-5", "pass"),
+        Asked("recipient_normalised", "CAL-3", "pass"),
         Asked("suppression", "KAL-5", "pass"),
         Asked("registry us-dnc", "REG-2", "pass"),
         Asked("quiet_hours", "REG-3", "pass"),
     ]
-    assert verdict(subject, Suppressions(), lists, policy, policy.account("acme"), quiet, noon) == found
+    assert screen.verdict(subject, policy.account("acme")) == found
 
 
 # --- the verdict --------------------------------------------------------------------------------------------
@@ -186,7 +192,8 @@ def test_a_request_to_nobody_is_refused(recipient):
         ({"recipient": "+4915112345678"}, True), ({"recipient": "+436641234567"}, True), ({"recipient": US}, False),
         ({"recipient": "+33612345678"}, False), ({"recipient": "12345"}, False),
         ({"recipient": "12345", "country": "DE"}, True),
-        ({"recipient": "ann@example.org"}, False), ({"recipient": US, "country": "DE"}, True),
+        ({"recipient": "ann@example.org"}, False), ({"recipient": US, "country": "DE"}, False),
+        ({"recipient": PERSON, "country": "US"}, False), ({"recipient": "+80012345678", "country": "DE"}, False),
     ],
 )  # fmt: skip
 def test_only_countries_of_the_allow_list_are_served(fields, allowed):
@@ -200,8 +207,11 @@ def test_only_countries_of_the_allow_list_are_served(fields, allowed):
 
 def test_a_country_that_shares_its_code_is_allowed_only_with_all_who_share_it():
     only = policy_of(account("acme", 'countries = ["US"]'))
-    assert reason(sms_request(recipient=US), policy=only) == "country_not_allowed"
-    assert reason(sms_request(recipient=US, country="US"), policy=only) is None
+    assert reason(sms_request(recipient=TOLL_FREE), policy=only) == "country_not_allowed"
+    assert reason(sms_request(recipient=TOLL_FREE, country="US"), policy=only) is None
+    assert reason(sms_request(recipient=TOLL_FREE, country="DE"), policy=only) == "country_not_allowed"
+    assert reason(sms_request(recipient=US), policy=only) is None
+    assert reason(sms_request(recipient=TORONTO, country="US"), policy=only) == "country_not_allowed"
 
 
 def test_a_child_is_never_marketed_to_and_still_gets_the_rest():
@@ -307,8 +317,14 @@ def test_a_listed_number_is_not_marketed_to_and_still_gets_the_rest():
 
 def test_a_registry_is_asked_about_its_own_country_only():
     lists = Lists(us_dnc=(NOW_S, {US}))
-    assert reason(marketing(recipient=US, country="CA"), registries=lists) is None
-    assert reason(marketing(recipient=US, country="US"), registries=lists) == "on_registry"
+    lists = Lists(us_dnc=(NOW_S, {US, TORONTO, TOLL_FREE}))
+    assert reason(marketing(recipient=TORONTO, country="CA"), registries=lists) is None
+    assert reason(marketing(recipient=TORONTO), registries=lists) is None
+    # But a wrong country in the record never takes a number off a list, nor does a number that may be anywhere
+    for country in ("US", "CA", "DE", None):
+        assert reason(marketing(recipient=US, country=country), registries=lists) == "on_registry"
+        assert reason(marketing(recipient=TOLL_FREE, country=country), registries=lists) == "on_registry"
+    assert reason(marketing(recipient=TORONTO, country="US"), registries=lists) == "on_registry"
 
 
 def test_a_registry_of_31_days_is_used_and_an_older_one_refuses_all_marketing_to_its_country():
@@ -332,6 +348,49 @@ def test_a_registry_of_one_channel_is_not_asked_on_the_other():
     lists = Lists(us_dnc=(NOW_S, {US}))
     assert reason(marketing(recipient=US), registries=lists, policy=policy) is None
     assert reason(voice_request(recipient=US, purpose="marketing"), registries=lists, policy=policy) == "on_registry"
+
+
+def test_a_list_that_is_swapped_gets_old_or_goes_is_seen_by_a_pipeline_that_has_met_everybody():
+    # Given one pipeline that meets the same two people again and again
+    pipeline = Pipeline(Planner(policy_of()), TOKENS)
+    day = NOW_S + DAY_S // 4
+    empty, full = Lists(us_dnc=(NOW_S, set())), Lists(us_dnc=(NOW_S, {US}))
+    asked = [
+        (empty, NOW_S, None), (full, NOW_S, "on_registry"), (full, day, "on_registry"), (empty, day, None),
+        (Lists(us_dnc=(NOW_S - 31 * DAY_S, set())), NOW_S, None),
+        (Lists(us_dnc=(NOW_S - 31 * DAY_S, set())), NOW_S + 1, "registry_too_old"),
+        (Lists(), NOW_S, None), (full, NOW_S, "on_registry"), (Lists(), NOW_S, None),
+    ]  # fmt: skip
+    for lists, now_s, expected in asked:
+        values = [
+            marketing(recipient=US),
+            marketing(recipient=PERSON),
+            voice_request(recipient=US, purpose="marketing"),
+        ]
+        inbox = Inbox("traffic", 0, 0, [raw(value) for value in values])
+        prepared = pipeline.prepare(inbox, Suppressions(), lists, now_s)
+        assert [found.reason for found in prepared.outcomes] == [expected, None, expected]
+
+
+def test_the_same_swap_is_seen_where_a_list_only_gets_old():
+    pipeline = Pipeline(Planner(policy_of()), TOKENS)
+    lists = Lists(us_dnc=(NOW_S - 31 * DAY_S, set()))
+    for now_s, expected in ((NOW_S, None), (NOW_S + 1, "registry_too_old"), (NOW_S, None)):
+        prepared = pipeline.prepare(
+            Inbox("traffic", 0, 0, [raw(marketing(recipient=US))]), Suppressions(), lists, now_s
+        )
+        assert [found.reason for found in prepared.outcomes] == [expected]
+
+
+def test_one_person_in_records_of_two_countries_and_channels_gets_the_verdict_of_each():
+    lists = Lists(us_dnc=(NOW_S, {TORONTO}))
+    build = {"sms": sms_request, "voice": voice_request}
+    values = [
+        build[channel](recipient=TORONTO, purpose="marketing", country=country)
+        for country, channel in (("CA", "sms"), ("US", "sms"), ("CA", "sms"), ("CA", "voice"), ("US", "voice"))
+    ]
+    found = [value["reason"] for value in run(values, registries=lists).values("verdicts")]
+    assert found == [None, "on_registry", None, None, "on_registry"]
 
 
 # --- quiet hours and not_after ------------------------------------------------------------------------------
@@ -370,6 +429,285 @@ def test_marketing_is_never_sent_past_the_start_of_quiet_hours():
     assert found["not_after"] == shape(earlier + 15 * 60)
     found = decided(sms_request(recipient=US, occurred_at=shape(evening)), policy=policy, now_s=evening)
     assert found["not_after"] == shape(evening + 3600)
+
+
+@pytest.mark.parametrize(
+    ("zone", "expected"),
+    [
+        (None, "quiet_hours"),
+        ("America/New_York", None),
+        ("Europe/Berlin", None),
+        ("America/Los_Angeles", "quiet_hours"),
+    ],
+)
+def test_where_the_account_says_a_person_is_takes_the_place_of_what_the_number_says(zone, expected):
+    # Given a number of California, where it is 05:30, when it is 08:30 in New York
+    at = instant("2026-11-21T13:30:00Z")
+    request = marketing(recipient=US, occurred_at=shape(at), **({} if zone is None else {"time_zone": zone}))
+    assert reason(request, policy=policy_of(QUIET), now_s=at) == expected
+
+
+def test_the_account_s_time_zone_moves_not_after_and_defer_until_and_makes_no_country_exempt():
+    policy = policy_of(QUIET)
+    at = instant("2026-11-22T01:50:00Z")  # 20:50 in New York
+    request = marketing(recipient=US, occurred_at=shape(at), time_zone="America/New_York")
+    assert decided(request, policy=policy, now_s=at)["not_after"] == "2026-11-22T02:00:00Z"
+    found = decided(request, policy=policy, now_s=at + 600)
+    assert (found["reason"], found["defer_until"]) == ("quiet_hours", "2026-11-22T13:00:00Z")
+
+
+def test_a_time_zone_helps_where_the_number_says_nothing():
+    at = instant("2026-11-21T17:00:00Z")
+    policy = policy_of(QUIET)
+    mail = {"recipient": "ann@example.org", "country": "US", "occurred_at": shape(at)}
+    assert decided(marketing(**mail), policy=policy, now_s=at)["reason"] == "quiet_hours"
+    assert reason(marketing(**mail, time_zone="America/Chicago"), policy=policy, now_s=at) is None
+
+
+@pytest.mark.parametrize("zone", ["Mars/Olympus", "america/new_york", "EST5", "", "../UTC", "localtime", "right/UTC"])
+def test_a_request_with_an_unknown_time_zone_is_quarantined(zone):
+    assert run([marketing(time_zone=zone)]).outcomes == [Outcome("unreadable", "quarantine", "bad_value:time_zone")]
+
+
+def test_a_time_zone_is_personal_and_leaves_only_sealed():
+    done = run([sms_request(time_zone="Pacific/Chatham")])
+    assert not any(b"Chatham" in message.value for output in done.outputs for message in output.messages)
+    assert done.opened("cleared")[0]["primary"]["time_zone"] == "Pacific/Chatham"
+
+
+def test_a_wrong_country_in_the_record_takes_nobody_out_of_quiet_hours():
+    night = instant("2026-11-21T09:00:00Z")
+    policy = policy_of(QUIET)
+    for country in ("US", "DE", None):
+        request = marketing(recipient=US, country=country, occurred_at=shape(night))
+        assert reason(request, policy=policy, now_s=night) == "quiet_hours"
+    assert reason(marketing(recipient=TORONTO, occurred_at=shape(night)), policy=policy, now_s=night) is None
+    assert reason(marketing(recipient=TOLL_FREE, occurred_at=shape(night)), policy=policy, now_s=night) == "quiet_hours"
+
+
+# --- never a destination ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("recipient", "country"), [(PREMIUM, None), ("911", "US"), ("+1 911", None), ("999", "GB"),
+                                                    ("(900) 555-0199", "US"), ("+44 909 879 0000", "GB")])  # fmt: skip
+@pytest.mark.parametrize("purpose", PURPOSES)
+def test_premium_and_emergency_numbers_are_refused_whatever_for(recipient, country, purpose):
+    for build in (sms_request, voice_request):
+        found = decided(build(recipient=recipient, country=country, purpose=purpose))
+        assert (found["reason"], found["clause"], found["codes"]) == ("destination_forbidden", "CAL-11", {})
+
+
+# --- exemptions ---------------------------------------------------------------------------------------------
+
+
+def exempt(kind="consent", *, number=US, account_id="acme", channel="sms", until_s=NOW_S + DAY_S, out=True):
+    """A view in which one account has one exemption for one number."""
+    view = Suppressions(latest)
+    rule = Rule(f"account:{account_id}", kind, channel, "account")
+    view.apply(TOKENS.of(number), rule, out=out, event_s=until_s)
+    return view
+
+
+REQUIRED = policy_of(default=DEFAULT_POLICY.replace("required = false", "required = true"))
+AGAINST = [
+    (Lists(us_dnc=(NOW_S, {US})), policy_of(), "on_registry"),
+    (Lists(us_dnc=(NOW_S - 32 * DAY_S, set())), policy_of(), "registry_too_old"),
+    (Lists(), REQUIRED, "registry_missing"),
+    (Lists(), policy_of(QUIET.replace("21:00", "03:00").replace("08:00", "09:00")), "quiet_hours"),
+]
+
+
+@pytest.mark.parametrize(("lists", "policy", "refused"), AGAINST)
+@pytest.mark.parametrize("kind", ["consent", "purchase", "inquiry"])
+def test_an_exemption_lifts_registries_and_quiet_hours_and_the_verdict_names_it(lists, policy, refused, kind):
+    settings = {"policy": policy, "registries": lists}
+    assert reason(marketing(recipient=US), **settings) == refused
+    found = decided(marketing(recipient=US), exemptions=exempt(kind), **settings)
+    assert (found["verdict"], found["exemption"]) == ("cleared", kind)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"number": TORONTO}, {"account_id": "other"}, {"channel": "voice"}, {"until_s": NOW_S}, {"out": False},
+     {"kind": "hope"}],
+)  # fmt: skip
+def test_an_exemption_of_others_or_out_of_force_lifts_nothing(other):
+    lists = Lists(us_dnc=(NOW_S, {US}))
+    assert reason(marketing(recipient=US), registries=lists, exemptions=exempt(**other)) == "on_registry"
+    assert reason(marketing(recipient=US), registries=lists, exemptions=exempt(until_s=NOW_S + 1)) is None
+
+
+def test_an_exemption_that_nothing_needed_is_not_named():
+    found = decided(marketing(recipient=US), exemptions=exempt(), registries=Lists(us_dnc=(NOW_S, set())))
+    assert "exemption" not in found
+
+
+@pytest.mark.parametrize(("authority", "refused"), [("person", "opted_out"), ("officer", "blocked_by_officer")])
+def test_an_opt_out_beats_an_exemption(authority, refused):
+    view = entry(number=US, authority=authority)
+    lists = Lists(us_dnc=(NOW_S, {US}))
+    assert reason(marketing(recipient=US), view=view, registries=lists, exemptions=exempt()) == refused
+
+
+@pytest.mark.parametrize(
+    ("fields", "rules", "refused"),
+    [({"child": True}, "", "child"), ({}, 'countries = ["CA"]', "country_not_allowed"),
+     ({"occurred_at": "2026-11-19T00:00:00Z"}, "", "request_expired"),
+     ({"recipient": PREMIUM}, "", "destination_forbidden")],
+)  # fmt: skip
+def test_an_exemption_lifts_nothing_else(fields, rules, refused):
+    policy = policy_of(account("acme", rules))
+    number = fields.get("recipient", US)
+    view = exempt(number=number)
+    assert reason(marketing(**{"recipient": US, **fields}), policy=policy, exemptions=view) == refused
+
+
+def test_the_rules_after_a_lifted_one_are_asked_all_the_same():
+    night = instant("2026-11-21T09:00:00Z")
+    policy = policy_of(QUIET)
+    subject = Subject("acme", normalise(US), TOKENS.of(US), "sms", "marketing", "US", False, night, ("platform",))
+    lists = Lists(us_dnc=(night, {US}))
+    trace = []
+    screen = Screen(policy, lists, Suppressions(), exempt("inquiry", until_s=night + 1), night)
+    assert screen.verdict(subject, policy.account("acme"), trace).exemption == "inquiry"
+    assert [tuple(asked) for asked in trace[-2:]] == [
+        ("registry us-dnc", "REG-2", "exempt: inquiry"),
+        ("quiet_hours", "REG-3", "exempt: inquiry"),
+    ]
+
+
+def test_of_several_exemptions_consent_is_named_first():
+    view = exempt("inquiry")
+    for kind in ("purchase", "consent"):
+        view.apply(TOKENS.of(US), Rule("account:acme", kind, "sms", "account"), out=True, event_s=NOW_S + 1)
+    found = decided(marketing(recipient=US), registries=Lists(us_dnc=(NOW_S, {US})), exemptions=view)
+    assert found["exemption"] == "consent"
+
+
+# --- the one confirmation of an opt-out ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("age_s", "flag"), [(0, True), (300, True), (301, False), (-300, True), (86_400, False)])
+def test_an_opt_out_of_the_last_five_minutes_may_be_confirmed(age_s, flag):
+    found = decided(sms_request(), view=entry(event_s=NOW_S - age_s))
+    assert found["reason"] == "opted_out"
+    assert found.get("confirmation", False) is flag
+
+
+def test_a_stop_may_be_confirmed_from_the_next_record_on():
+    done = run([reply("STOP", occurred_at=shape(NOW_S - 10)), sms_request(purpose="service")])
+    assert done.values("verdicts")[0]["confirmation"] is True
+
+
+@pytest.mark.parametrize("authority", ["officer", "both"])
+def test_an_officers_block_may_not_be_confirmed(authority):
+    view = entry(authority="officer", event_s=NOW_S)
+    if authority == "both":
+        view.apply(TOKENS.of(PERSON), Rule("account:acme", "all", "sms", "person"), out=True, event_s=NOW_S)
+    assert "confirmation" not in decided(sms_request(), view=view)
+
+
+def test_a_confirmation_is_a_text():
+    view = entry(channel="voice", event_s=NOW_S)
+    found = decided(voice_request(), view=view)
+    assert found["reason"] == "opted_out"
+    assert "confirmation" not in found
+
+
+def test_only_an_opt_out_that_covers_the_request_counts_for_its_confirmation():
+    view = entry(event_s=NOW_S - 4000)
+    view.apply(TOKENS.of(PERSON), Rule("account:other", "all", "sms", "person"), out=True, event_s=NOW_S)
+    view.apply(TOKENS.of(PERSON), Rule("account:acme", "marketing", "sms", "person"), out=True, event_s=NOW_S)
+    assert "confirmation" not in decided(sms_request(), view=view)
+    assert decided(marketing(), view=view)["confirmation"] is True
+
+
+def test_verdicts_of_one_batch_that_differ_in_confirmation_or_exemption_only_are_told_apart():
+    view = entry(event_s=NOW_S)
+    view.apply(TOKENS.of(OTHER), Rule("account:acme", "all", "sms", "person"), out=True, event_s=0)
+    done = run([sms_request(), sms_request(recipient=OTHER), sms_request()], view=view)
+    assert [value.get("confirmation", False) for value in done.values("verdicts")] == [True, False, True]
+    exempted = exempt("consent")
+    second = "+14155550124"
+    exempted.apply(TOKENS.of(second), Rule("account:acme", "purchase", "sms", "account"), out=True, event_s=NOW_S + 1)
+    values = [marketing(recipient=number) for number in (US, second, "+14155550125")]
+    lists = Lists(us_dnc=(NOW_S, {US, second}))
+    found = run(values, registries=lists, exemptions=exempted).values("verdicts")
+    assert [value.get("exemption") for value in found] == ["consent", "purchase", None]
+
+
+# --- from the revoke-all date on ----------------------------------------------------------------------------
+
+NARROW = DEFAULT_POLICY.replace(
+    'scope = "account"\nclass = "all"\nchannels = ["sms", "voice"]',
+    'scope = "sender"\nclass = "marketing"\nchannels = ["sms"]',
+)
+THE_DAY = instant("2027-01-31T00:00:00Z")
+
+
+def rules_of(done):
+    return {parse_key(message.key)[2] for message in done.of("suppressions")}
+
+
+@pytest.mark.parametrize(
+    ("sender", "at_s", "everything"),
+    [
+        (US, THE_DAY - 1, False), (US, THE_DAY, True), (US, THE_DAY + 40 * DAY_S, True),
+        (PERSON, THE_DAY, False), (TORONTO, THE_DAY, False), (TOLL_FREE, THE_DAY, True),
+        (TOLL_FREE, THE_DAY - 1, False),
+        ("ann@example.org", THE_DAY, True), ("+88216123456", THE_DAY, True),
+    ],
+)  # fmt: skip
+def test_from_the_date_on_a_keyword_revokes_everything_of_the_account(sender, at_s, everything):
+    narrow = Rule(f"sender:acme:{TOKENS.of('12345').hex()}", "marketing", "sms", "person")
+    whole = {Rule("account:acme", "all", channel, "person") for channel in ("sms", "voice")}
+    stop = reply("STOP", sender=sender, occurred_at=shape(at_s))
+    done = run([stop], policy=policy_of(default=NARROW), now_s=at_s)
+    assert rules_of(done) == {narrow} | (whole if everything else set())
+
+
+def test_the_date_is_that_of_the_message_in_the_policy_s_time_zone():
+    policy = policy_of(default=NARROW.replace('timezone = "UTC"', 'timezone = "America/New_York"'))
+    for at_s, entries in ((THE_DAY + 5 * 3600 - 1, 1), (THE_DAY + 5 * 3600, 3)):
+        stop = reply("STOP", sender=US, occurred_at=shape(at_s))
+        assert len(rules_of(run([stop], policy=policy, now_s=at_s + 3 * DAY_S))) == entries
+
+
+def test_a_start_after_the_date_lifts_what_a_stop_made_before_it_and_after_it():
+    policy = policy_of(default=NARROW)
+    for stopped_s in (THE_DAY - 60, THE_DAY + 60):
+        done = run(
+            [reply("STOP", sender=US, occurred_at=shape(stopped_s)),
+             marketing(recipient=US, sender="12345", occurred_at=shape(stopped_s)),
+             reply("START", sender=US, occurred_at=shape(THE_DAY + 3600)),
+             marketing(recipient=US, sender="12345", occurred_at=shape(THE_DAY + 3600))],
+            policy=policy, now_s=THE_DAY + 3700,
+        )  # fmt: skip
+        assert [value["reason"] for value in done.values("verdicts")] == ["opted_out", None]
+
+
+@pytest.mark.parametrize("scope", ["sender", "campaign", "account", "platform"])
+@pytest.mark.parametrize("class_", ["all", "marketing", "service"])
+@pytest.mark.parametrize("channels", [("sms",), ("voice",), ("sms", "voice")])
+@pytest.mark.parametrize("at_s", [THE_DAY - 1, THE_DAY])
+def test_revoking_everything_is_never_narrower_than_the_policy_s_rule(scope, class_, channels, at_s):
+    default = DEFAULT_POLICY.replace(
+        'scope = "account"\nclass = "all"\nchannels = ["sms", "voice"]',
+        f'scope = "{scope}"\nclass = "{class_}"\nchannels = {list(channels)}'.replace("'", '"'),
+    )
+    rules = keyword_rules(policy_of(default=default), normalise(US), at_s, "acme", "12345", "spring", TOKENS)
+    plain = scope_id(scope, "acme", "12345", "spring", TOKENS)
+    assert {Rule(plain, class_, channel, "person") for channel in channels} <= set(rules)
+    whole = {Rule("account:acme", "all", channel, "person") for channel in ("sms", "voice")}
+    assert (whole <= set(rules)) == (at_s >= THE_DAY or (scope, class_, len(channels)) == ("account", "all", 2))
+    assert len(set(rules)) == len(rules)
+
+
+@pytest.mark.parametrize("at_s", [-(2**40), 0, 2**40])
+def test_a_keyword_of_any_instant_has_a_date(at_s):
+    for zone in ("UTC", "Pacific/Kiritimati", "Etc/GMT+12"):
+        policy = policy_of(default=NARROW.replace('timezone = "UTC"', f'timezone = "{zone}"'))
+        assert len(keyword_rules(policy, normalise(US), at_s, "acme", "1", None, TOKENS)) == (3 if at_s > 0 else 1)
 
 
 # --- keywords, within a batch and beyond --------------------------------------------------------------------

@@ -1,0 +1,101 @@
+"""Files of entries: CSV with a header, one entry a line.
+
+What is not understood is told by line and column; what stood there is never repeated.
+"""
+
+import csv
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import UTC, datetime
+from itertools import islice
+from typing import Final, NamedTuple
+
+from schemas.errors import InputInvalid
+from schemas.fields import Party
+
+LINE: Final = "line"
+"""The column that a line has wrong which is not one of CSV, or has not as many cells as the header."""
+NOT_A_LINE: Final = "the line is not one of CSV with as many cells as the header"
+_INSTANT = re.compile(r"\d{4}-\d\d-\d\d([Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d))?")
+
+
+class RowInvalid(InputInvalid):
+    """An entry is not valid; `column` says where."""
+
+    def __init__(self, column: str, words: str) -> None:
+        """Take the column, and what may stand in it."""
+        self.column = column
+        super().__init__(words)
+
+
+class Loaded(NamedTuple):
+    """What came of a file: lines read that are not blank, entries written, lines not understood."""
+
+    lines: int
+    written: int
+    bad: int
+
+
+class Line(NamedTuple):
+    """A line of a file, from 1, and its cells that are not empty by column; None: it is not understood."""
+
+    number: int
+    given: dict[str, str] | None
+
+    def __repr__(self) -> str:
+        return f"Line({self.number})"
+
+
+def pages(
+    lines: Iterable[bytes], columns: Sequence[str], needed: Sequence[str], size: int, advance: Callable[[int], None]
+) -> Iterator[list[Line]]:
+    """Yield the lines of a CSV file that are not blank, `size` or less at a time; `advance` is told of bytes read.
+
+    The first line must name its columns: those needed, and any others of `columns`. Raises InputInvalid otherwise.
+    """
+    source = iter(lines)
+    first = next(source, b"")
+    names = _header(first.removeprefix(b"\xef\xbb\xbf"), columns, needed)
+    advance(len(first))
+    number = 1
+    while chunk := list(islice(source, size)):
+        found = []
+        for raw in chunk:
+            number += 1
+            if raw.strip():
+                cells = _cells(raw)
+                fits = cells is not None and len(cells) == len(names)
+                given = {name: text for name, cell in zip(names, cells or (), strict=False) if (text := cell.strip())}
+                found.append(Line(number, given if fits else None))
+        yield found
+        advance(sum(map(len, chunk)))
+
+
+def _header(line: bytes, columns: Sequence[str], needed: Sequence[str]) -> list[str]:
+    names = [cell.strip().lower() for cell in _cells(line) or ()]
+    if not set(needed) <= set(names) <= set(columns) or len(set(names)) < len(names):
+        rest = [name for name in columns if name not in needed]
+        raise InputInvalid(f"the first line must name the columns: {', '.join(needed)}, and any of {', '.join(rest)}")
+    return names
+
+
+def _cells(line: bytes) -> list[str] | None:
+    """Return the cells of one line. No cell spans lines, so that a stray quote cannot swallow the rest of a file."""
+    try:
+        return next(csv.reader((line.decode().rstrip("\r\n"),), strict=True), [])
+    except (UnicodeDecodeError, csv.Error):
+        return None
+
+
+def instant_s(text: str) -> int:
+    """Return the Unix seconds of an RFC 3339 instant or a date (its first UTC second). Raises ValueError."""
+    if not _INSTANT.fullmatch(text):
+        raise ValueError("another layout")
+    at = datetime.fromisoformat(text.upper())
+    return int((at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp())
+
+
+def spells_out(text: str, party: Party) -> bool:
+    """Return whether a text that stands in the clear spells out the person's number or address."""
+    value = party.value.lstrip("+")
+    return len(value) >= 7 and value in text.lower()

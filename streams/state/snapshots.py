@@ -1,0 +1,205 @@
+"""The snapshots of a machine: a folder (0700) with one file (0600) for each stream and token key, mapped by everybody.
+
+Rules of this file:
+- A file appears whole or not at all: it is written beside, synced and renamed; who has the one before goes on with it.
+- One process at a time makes one. It is a child of whoever found that it takes one, so that nobody's work stands still.
+- What is damaged, or not of this key store, is not used and goes: it is made anew from the log.
+"""
+
+import fcntl
+import hashlib
+import mmap
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Final, Protocol
+
+from processors.screen.entries import HEAD_BYTES, Damaged, Meta, Snapshot, Write
+from schemas.errors import LogFull
+from streams.log.protocol import Log, Stored
+
+SUFFIX: Final = ".entries"
+LOOK_S: Final = 1.0
+"""So often a process looks whether there is a newer snapshot."""
+AGAIN_S: Final = 5.0
+"""So long after a child has ended none is started for the same snapshot."""
+
+Stamp = tuple[int, int, int]  # inode, modification time in ns, size
+_Key = tuple[str, int]  # stream and version of the token key
+
+
+class Child(Protocol):
+    """A process that makes a snapshot, such as `subprocess.Popen`."""
+
+    def poll(self) -> int | None:
+        """Return its status once it has ended."""
+
+    def terminate(self) -> None:
+        """Ask it to end."""
+
+    def wait(self) -> int:
+        """Wait for its end."""
+
+
+class Snapshots:
+    """The snapshots of one key store in one folder, which need not exist."""
+
+    def __init__(self, folder: Path, store_id: str, start: Callable[[str, int], Child] | None = None) -> None:
+        """Take the folder, the key store's id, and what starts a process that makes the snapshot of a stream."""
+        self.folder = folder
+        self.store_id = store_id
+        self._start = start
+        self._children: dict[_Key, Child] = {}
+        self._ended_s: dict[_Key, float] = {}
+        self._threads: ThreadPoolExecutor | None = None
+
+    def path(self, stream: str, version: int) -> Path:
+        """Return where a snapshot is, or would be."""
+        return self.folder / f"{stream}-{version}{SUFFIX}"
+
+    def stamp(self, stream: str, version: int) -> Stamp | None:
+        """Return what tells one file from the next; None if there is none."""
+        try:
+            return _stamp(self.path(stream, version).stat())
+        except OSError:
+            return None
+
+    def open(self, stream: str, version: int) -> Snapshot | None:
+        """Return the snapshot, mapped and read once to verify it; None if there is none that is fit. Blocks."""
+        path = self.path(stream, version)
+        try:
+            with path.open("rb") as file:
+                stamp = _stamp(os.fstat(file.fileno()))
+                if not stamp[2]:
+                    raise Damaged("it is empty")
+                buffer = memoryview(mmap.mmap(file.fileno(), stamp[2], access=mmap.ACCESS_READ))
+            snapshot = Snapshot(buffer)
+            meta = snapshot.meta
+            if (meta.stream, meta.version, meta.store) != (stream, version, self.store_id):
+                raise Damaged("it is of something else")
+            snapshot.check()
+        except FileNotFoundError:
+            return None
+        except (OSError, Damaged):
+            if self.stamp(stream, version) == stamp:
+                self.discard(stream, version)
+            return None
+        return snapshot
+
+    def opening(self, stream: str, version: int) -> "Future[Snapshot | None]":
+        """Begin to `open` in a thread, which stops nobody's work."""
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(1, "snapshot")
+        return self._threads.submit(self.open, stream, version)
+
+    def discard(self, stream: str, version: int) -> None:
+        """Delete a snapshot; whoever has it mapped keeps it."""
+        with suppress(OSError):
+            self.path(stream, version).unlink(missing_ok=True)
+
+    def discard_before(self, stream: str, version: int) -> None:
+        """Delete the snapshots of older token keys."""
+        for path in self.folder.glob(f"{stream}-*{SUFFIX}"):
+            number = path.name.removeprefix(f"{stream}-").removesuffix(SUFFIX)
+            if number.isdigit() and int(number) < version:
+                self.discard(stream, int(number))
+
+    # --- making one -------------------------------------------------------------------------------------------
+
+    def gather(self, stream: str, version: int) -> None:
+        """Have a child make a newer snapshot, unless one is at it, here or in another process. Does not block."""
+        key = (stream, version)
+        child = self._children.get(key)
+        if child is not None:
+            if child.poll() is None:
+                return
+            del self._children[key]
+            self._ended_s[key] = time.monotonic()
+        if time.monotonic() - self._ended_s.get(key, -AGAIN_S) < AGAIN_S or self._start is None:
+            return
+        with self.locked(stream, version) as mine:
+            pass
+        if mine:
+            self._children[key] = self._start(stream, version)
+
+    @contextmanager
+    def locked(self, stream: str, version: int) -> Iterator[bool]:
+        """Keep others from making this snapshot while the block runs; yields False if another process is at it."""
+        self.folder.mkdir(0o700, parents=True, exist_ok=True)
+        handle = os.open(self.folder / f".{stream}-{version}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+        finally:
+            os.close(handle)
+
+    def write(self, stream: str, version: int, make: Callable[[Write], tuple[bytes, Meta]]) -> None:
+        """Put a snapshot in place of the one before, durable on return. Raises LogFull if the disk refuses. Blocks."""
+        final = self.path(stream, version)
+        beside = final.with_name(f".{final.name}.new")
+        try:
+            handle = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    file.write(bytes(HEAD_BYTES))
+                    head, _ = make(file.write)
+                    file.flush()
+                    os.pwrite(handle, head, 0)
+                    os.fsync(handle)
+                beside.replace(final)
+            finally:
+                beside.unlink(missing_ok=True)
+            folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        except OSError as error:
+            raise LogFull(f"a snapshot cannot be written: {error.strerror}", file=str(final)) from None
+
+    def close(self) -> None:
+        """End the children; idempotent."""
+        for child in self._children.values():
+            if child.poll() is None:
+                child.terminate()
+            child.wait()
+        self._children.clear()
+        if self._threads is not None:
+            self._threads.shutdown(wait=False, cancel_futures=True)
+            self._threads = None
+
+
+def _stamp(status: os.stat_result) -> Stamp:
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
+def witness(stored: Stored) -> tuple[int, str]:
+    """Return what tells a record from any other at its place: its offset, and a digest."""
+    digest = hashlib.blake2b(stored.key or b"", digest_size=8)
+    digest.update(stored.value)
+    return stored.offset, digest.hexdigest()
+
+
+async def fits(log: Log, meta: Meta) -> bool:
+    """Return whether a snapshot is of this log, as it is: not of another one, nor of one that was put back since.
+
+    Of each partition the last record that was read is looked at, unless a newer one has taken its place. Blocks.
+    """
+    ends = await log.end_offsets(meta.stream)
+    if meta.log != log.log_id or len(meta.offsets) != len(ends):
+        return False
+    if any(offset > end for offset, end in zip(meta.offsets, ends, strict=True)):
+        return False
+    for partition, seen in enumerate(meta.witnesses):
+        if seen is None:
+            continue
+        page = await log.read(meta.stream, partition, seen[0], 1)
+        if page and page[0].offset == seen[0] and witness(page[0]) != tuple(seen):
+            return False
+    return True
