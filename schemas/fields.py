@@ -200,7 +200,6 @@ _CONTEXT = re.compile(r";phone-context=(\+[0-9().\-]+)")
 _SEPARATORS = re.compile(r"[\s().\-/\[\]_~\u00b7\u2010-\u2015\u2053\u2212\u223c\u30fb\u30fc]+")
 _TRUNK_ZERO = re.compile(r"\(\s*0\s*\)")
 _EXTENSION = re.compile(r"(?:[\s,]*(?:extension|extn?\.?|x|доб\.?)[\s.:]*|,+|#)[0-9]{1,7}#?$", re.IGNORECASE)
-_REREADINGS = 16
 _PLUSES = re.compile(r"^\++")
 _ALIKE = str.maketrans({"\u2795": "+", "\ufe0f": None, "\u20e3": None, "\u3002": "."})
 """What looks like something of ASCII and is not made it by NFKC: a heavy plus, the parts of a keycap, a full stop."""
@@ -355,27 +354,28 @@ def _number(text: str, region: str | None) -> Party | None:
             parsed = phonenumbers.parse(candidate, assumed)
         except phonenumbers.NumberParseException:
             continue
-        party = _party(Kind.NUMBER, _e164(parsed))
         if phonenumbers.is_valid_number(parsed):
-            return party
-        reason = phonenumbers.is_possible_number_with_reason(parsed)
-        if possible is None and reason == phonenumbers.ValidationResult.IS_POSSIBLE:
-            possible = party
+            return _party(Kind.NUMBER, phonenumbers.format_number(parsed, phonenumbers.PhoneNumberFormat.E164))
+        if possible is None:
+            possible = _unassigned(candidate, parsed, sure=compact.startswith(("+", "00")) and assumed is None)
     return possible
 
 
-def _e164(parsed: phonenumbers.PhoneNumber) -> str:
-    """Return a number in E.164, as it is read again: of one that is not valid, reading may take another zero off."""
-    for _ in range(_REREADINGS):
-        text = phonenumbers.format_number(parsed, phonenumbers.PhoneNumberFormat.E164)
-        try:
-            again = phonenumbers.parse(text)
-        except phonenumbers.NumberParseException:
-            break
-        if again == parsed:
-            break
-        parsed = again
-    return text
+def _unassigned(candidate: str, parsed: phonenumbers.PhoneNumber, *, sure: bool) -> Party | None:
+    """Return the party of a number that nobody can have; `sure`: it is written as an international one.
+
+    One in E.164 stays as it stands: taking a zero off could make it somebody's. None: it cannot be a number.
+    """
+    possible = phonenumbers.is_possible_number_with_reason(parsed) == phonenumbers.ValidationResult.IS_POSSIBLE
+    if not (sure or possible):
+        return None
+    if _E164(candidate):
+        return _party(Kind.NUMBER, candidate)
+    return (
+        None
+        if not possible
+        else _party(Kind.NUMBER, phonenumbers.format_number(parsed, phonenumbers.PhoneNumberFormat.E164))
+    )
 
 
 def _readings(compact: str, region: str | None) -> Iterable[tuple[str, str | None]]:

@@ -13,8 +13,8 @@ import csv
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from itertools import chain, islice
+from operator import itemgetter
 from typing import Any, BinaryIO, Final, NamedTuple
 
 from processors.retention import instant
@@ -38,6 +38,8 @@ _COUNTRY = re.compile(r"[A-Z]{2}")
 _CHILD: Final = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 _MAX = {"sender": 320, "campaign": 128, NUMBER: 320}
 """Characters, as a request may have."""
+_RECENT: Final = 4096
+"""So many combinations of a row's own columns are remembered."""
 _DELIMITERS: Final = ",;\t"
 _UTF16: Final = ("\udcff\udcfe", "\udcfe\udcff")
 
@@ -79,7 +81,6 @@ class Screening:
         self._account = account
         self._now_s = now_s
         self._tokens = deployment.pipeline.tokens
-        self._subjects = lru_cache(maxsize=4096)(self._make_subjects)
         self.counts: Counter[str | None] = Counter()
         """Rows by reason; None: cleared."""
         self.exempt = 0
@@ -155,8 +156,10 @@ class Screening:
 
     def _asker(self, table: "_Table") -> Callable[[list[str]], Subject | None]:
         """Return what gives the subject that a row's cells ask about, or None if no request could."""
-        at, columns = table.number, table.columns
-        subject_of, row_of = self._subjects(self._question), self._of_row
+        at, names = table.number, [name for name, _ in table.columns]
+        of_all = self._subjects(self._question)
+        pick = itemgetter(*(place for _, place in table.columns), at, at)  # two at least, so that it gives a tuple
+        asked: dict[tuple[str, ...], Callable[[str], Subject] | None] = {}
 
         def ask(cells: list[str]) -> Subject | None:
             number = cells[at].strip()
@@ -164,10 +167,18 @@ class Screening:
                 number = _text(number)
             if len(number) > _MAX[NUMBER]:
                 return None
-            if not columns:
-                return subject_of(number)
-            asked = row_of({name: cell for name, at in columns if (cell := _text(cells[at]).strip())})
-            return None if asked is None else self._subjects(asked)(number)
+            if not names:
+                return of_all(number)
+            key = pick(cells)[:-2]
+            try:
+                subject_of = asked[key]
+            except KeyError:
+                given = {name: _text(text).strip() for name, text in zip(names, key, strict=True)}
+                question = self._of_row({name: cell for name, cell in given.items() if cell})
+                if len(asked) >= _RECENT:
+                    asked.clear()
+                subject_of = asked[key] = None if question is None else self._subjects(question)
+            return None if subject_of is None else subject_of(number)
 
         return ask
 
@@ -194,8 +205,8 @@ class Screening:
             child or question.child,
         )
 
-    def _make_subjects(self, asked: Question) -> Callable[[str], Subject]:
-        """Return what gives the subject of a number; kept for the questions asked lately."""
+    def _subjects(self, asked: Question) -> Callable[[str], Subject]:
+        """Return what gives the subject of a number."""
         account_id, own, of = self._account.id, self._account.own, self._tokens.of
         region = self._account.default_region or asked.country
         sender = "" if asked.sender is None else normalise(asked.sender, region).value

@@ -293,8 +293,6 @@ class _Lines:
         text = len(first.rstrip(b"\r\n"))
         if text < width - 1:
             right &= (lines[:, text : width - 1] == _RETURN).all(axis=1)
-        elif text:
-            right &= lines[:, text - 1] != _RETURN
         if self._width is not None and text != self._width:
             return np.zeros(rows, np.int64), np.zeros(rows, np.bool_)
         for at, byte in self._between:

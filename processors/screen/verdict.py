@@ -238,7 +238,7 @@ class Screen:
         if requested_s is not None and requested_s < self._oldest_s:
             return _refuse("request_expired", "request_age", "INF-3", trace)
         if trace is not None:
-            trace.append(Asked("request_age", "INF-3", PASS))
+            trace.append(Asked("request_age", "INF-3", NOT_APPLICABLE if requested_s is None else PASS))
         kind = party.kind
         if kind is _NOBODY:
             return _refuse("no_recipient", "recipient", "CAL-2", trace)

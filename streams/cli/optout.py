@@ -7,14 +7,11 @@ import time
 from typing import TYPE_CHECKING, get_args
 
 from schemas.inbound import Channel, SuppressionClass
-from streams.cli.common import bar, new_file, number, opened, plain, print_json, print_table, say, size_bytes
+from streams.cli.common import bar, new_file, number, opened, plain, print_json, print_table, say, size_bytes, skipping
 from streams.config import load
 
 if TYPE_CHECKING:
     from streams.optout import Entry
-
-MAX_REPORTED = 100
-"""Lines that were not understood are reported one by one up to here, then counted."""
 
 
 def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -123,22 +120,12 @@ async def _load(args: argparse.Namespace) -> int:
     from streams.deployment import Deployment
     from streams.optout import OptOuts
 
-    reported = 0
-
-    def bad(line: int, column: str) -> None:
-        nonlocal reported
-        reported += 1
-        if reported <= MAX_REPORTED:
-            say(f"line {line}: {column} not understood; skipped")
-
     with opened(args.file) as file:
         async with Deployment.open(load(args)) as deployment:
             opt_outs = OptOuts(deployment)
             await opt_outs.catch_up()
-            with bar("opt-outs", size_bytes(args.file)) as advance:
+            with bar("opt-outs", size_bytes(args.file)) as advance, skipping() as bad:
                 loaded = await opt_outs.load(file, int(time.time()), advance, bad)
-    if reported > MAX_REPORTED:
-        say(f"{reported - MAX_REPORTED:,} lines more not understood; skipped")
     if args.json:
         print_json(loaded._asdict())
     else:

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Final
 
 from processors.screen.entries import Meta, Records, merge
+from schemas.errors import LogBusy
 from streams.log.protocol import Log
 from streams.state.entries import PAGE, Kept, instant_reader, unreadable
 from streams.state.snapshots import Snapshots, fits, witness
@@ -59,6 +60,8 @@ async def gather(
                 if len(records) >= chunk:
                     fold_in()
                     old = snapshots.open(stream, version)
+                    if old is None:  # without it the next one would lack what is in it
+                        raise LogBusy("a snapshot that was just made is gone or damaged; it is made anew")
         if old is None or tuple(at) != old.offsets:
             fold_in()
     return True

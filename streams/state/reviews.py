@@ -89,6 +89,7 @@ class OpenReviews:
         self._log = log
         self._next: list[int] = []
         self._open: list[dict[int, Clock]] = []  # by partition: offset → clock
+        self._counts: Counter[Clock] = Counter()  # of the same
         self._unreadable: set[Place] = set()
         self._died: Counter[int] = Counter()  # by when
         self._decided: list[Near] | None = [] if keep_decided else None
@@ -117,18 +118,21 @@ class OpenReviews:
             found = _decode(stored.value)
             resolved = found.resolves
             if resolved is None:
-                self._open[stored.partition][stored.offset] = clock(
-                    found.account_id, found.day, found.privacy.expires_at
-                )
+                made = clock(found.account_id, found.day, found.privacy.expires_at)
+                self._open[stored.partition][stored.offset] = made
+                self._counts[made] += 1
                 return
-            clock_ = self._open[resolved.partition].pop(resolved.offset, None)
+            decided = self._open[resolved.partition].pop(resolved.offset, None)
         except (msgspec.MsgspecError, ValueError, IndexError):
             self._unreadable.add(Place(stored.partition, stored.offset))
             return
-        if clock_ is not None and self._decided is not None:
+        if decided is None:
+            return
+        self._counts[decided] -= 1
+        if self._decided is not None:
             place = Place(resolved.partition, resolved.offset)
             decision: Decision = "opted_out" if found.action == "opted_out" else "dismissed"
-            self._decided.append(Near(place, clock_, decision))
+            self._decided.append(Near(place, decided, decision))
 
     def readable(self) -> None:
         """Return if all could be read. Raises LogUnusable, which names the first that could not."""
@@ -152,9 +156,12 @@ class OpenReviews:
 
     def forget_dead(self, now_s: float) -> None:
         """Forget what is destroyed by now; it is counted as died."""
-        for here in self._open:
-            for offset in [offset for offset, found in here.items() if found.expires_s <= now_s]:
-                self._died[here.pop(offset).expires_s] += 1
+        dead = {found: count for found, count in self._counts.items() if found.expires_s <= now_s}
+        for found, count in dead.items():
+            self._died[found.expires_s] += count
+            del self._counts[found]
+        if dead:
+            self._open = [{at: found for at, found in here.items() if found not in dead} for here in self._open]
 
     def died(self, now_s: float) -> int:
         """Return how many that were forgotten had died undecided in the 24 hours before."""
@@ -163,13 +170,9 @@ class OpenReviews:
 
     def clocks(self, now_s: float) -> Reviews:
         """Return how many are undecided, and how many of these are overdue or due soon."""
-        late = soon = count = 0
-        for here in self._open:
-            count += len(here)
-            for found in here.values():
-                late += found.due_s <= now_s
-                soon += now_s < found.due_s <= now_s + SOON_S
-        return Reviews(count, soon, late + len(self._unreadable))
+        late = sum(count for found, count in self._counts.items() if found.due_s <= now_s)
+        soon = sum(count for found, count in self._counts.items() if now_s < found.due_s <= now_s + SOON_S)
+        return Reviews(self._counts.total(), soon, late + len(self._unreadable))
 
 
 @lru_cache(maxsize=4096)

@@ -69,22 +69,24 @@ class Snapshots:
 
     def open(self, stream: str, version: int) -> Snapshot | None:
         """Return the snapshot, mapped and read once to verify it; None if there is none that is fit. Blocks."""
-        path = self.path(stream, version)
+        path, stamp = self.path(stream, version), None
         try:
             with path.open("rb") as file:
                 stamp = _stamp(os.fstat(file.fileno()))
                 if not stamp[2]:
                     raise Damaged("it is empty")
-                buffer = memoryview(mmap.mmap(file.fileno(), stamp[2], access=mmap.ACCESS_READ))
-            snapshot = Snapshot(buffer)
+                mapped = mmap.mmap(file.fileno(), stamp[2], access=mmap.ACCESS_READ)
+            snapshot = Snapshot(memoryview(mapped))
             meta = snapshot.meta
             if (meta.stream, meta.version, meta.store) != (stream, version, self.store_id):
                 raise Damaged("it is of something else")
+            mapped.madvise(mmap.MADV_SEQUENTIAL)  # a disk reads ahead further
             snapshot.check()
+            mapped.madvise(mmap.MADV_NORMAL)
         except FileNotFoundError:
             return None
         except (OSError, Damaged):
-            if self.stamp(stream, version) == stamp:
+            if stamp is not None and self.stamp(stream, version) == stamp:
                 self.discard(stream, version)
             return None
         return snapshot

@@ -7,7 +7,19 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-CASES = ("stages", "pipeline", "log", "reveal", "memory", "screening", "suppressions", "officer", "kafka")
+CASES = (
+    "stages",
+    "pipeline",
+    "log",
+    "reveal",
+    "memory",
+    "registry",
+    "campaign",
+    "screening",
+    "suppressions",
+    "officer",
+    "kafka",
+)
 
 
 def test_every_benchmark_runs_and_a_smoke_run_says_that_it_measured_nothing():

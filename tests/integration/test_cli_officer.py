@@ -357,10 +357,16 @@ def test_the_answer_is_one_json_object_without_the_number(call):
     answer = screen(call, PERSON, purpose="otp", at="2026-11-21T12:00:00Z")
     assert answer == {
         "verdict": "cleared", "reason": None, "codes": {}, "not_after": "2026-11-21T12:10:00Z", "defer_until": None,
+        "exemption": None, "confirmation": False,
         "rules": [
+            {"rule": "request_age", "clause": "INF-3", "outcome": "not applicable"},
+            {"rule": "recipient", "clause": "CAL-2", "outcome": "pass"},
+            {"rule": "destination", "clause": "CAL-11", "outcome": "pass"},
             {"rule": "child", "clause": "REG-5", "outcome": "not applicable"},
+            {"rule": "recipient_normalised", "clause": "CAL-3", "outcome": "not applicable"},
             {"rule": "suppression", "clause": "KAL-5", "outcome": "pass"},
             {"rule": "registry", "clause": "CAL-3", "outcome": "not applicable"},
+            {"rule": "quiet_hours", "clause": "REG-3", "outcome": "not applicable"},
         ],
     }  # fmt: skip
 

@@ -161,6 +161,12 @@ def test_every_runnable_command_of_the_page_about_lists_runs_as_it_stands(tmp_pa
     assert "screened 3: 1 cleared, 2 refused" in done.stderr
 
 
+def test_every_runnable_command_of_the_page_about_registries_runs_as_it_stands(tmp_path):
+    done = run_script(tmp_path, commands(ROOT / "docs" / "registries.md", "sh runnable"))
+    assert "us-dnc: 1 added, 0 were listed already; 1 deleted, 0 were not listed" in done.stdout
+    assert "fresh" in done.stdout
+
+
 def test_every_command_of_the_officers_guide_runs_as_it_stands(tmp_path):
     done = run_script(tmp_path, commands(ROOT / "docs" / "officer-guide.md", "sh"))
     assert "erased: person secrets destroyed in the platform's own data: 1" in done.stdout

@@ -5,6 +5,8 @@ import os
 import stat
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import pytest
 
@@ -139,7 +141,7 @@ def test_a_newer_snapshot_is_taken_over_and_nobody_changes_by_that(log, kept):
     assert tail.view.get(token(3)) == {SMS: State(True, 5)}
 
 
-def test_a_snapshot_that_is_ahead_of_what_was_read_is_not_taken_over_before_that(log, kept, monkeypatch):
+def test_a_snapshot_that_is_ahead_of_what_was_read_is_not_taken_over_before_that(log, kept):
     write(log, *out(1))
     tail = tail_of(log, kept)
     write(log, *out(2))
@@ -208,6 +210,25 @@ def test_one_that_fails_half_way_leaves_the_one_before(log, kept, folder):
     assert tail_of(log, kept).view.get(token(2)) == {SMS: State(True, 5)}
 
 
+def test_a_snapshot_that_goes_while_the_next_is_made_on_it_is_not_left_out(log, kept, folder):
+    write(log, *out(*range(9)))
+
+    def erases():
+        (folder / "suppressions-1.entries").unlink(missing_ok=True)
+
+    rename = Path.replace
+
+    def gone(self, target):
+        rename(self, target)
+        erases()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "replace", gone)
+        with pytest.raises(LogBusy, match="made anew"):
+            make(log, kept, chunk=2)
+    assert all(tail_of(log, kept).view.get(token(number)) == {SMS: State(True, 5)} for number in range(9))
+
+
 @pytest.mark.parametrize("damage", ["bit", "cut", "empty", "store", "version", "stream"])
 def test_a_snapshot_that_is_damaged_or_of_something_else_goes_and_all_is_read_from_the_log(log, kept, folder, damage):
     write(log, *out(1))
@@ -240,9 +261,12 @@ def test_a_snapshot_of_another_log_is_not_used(log, kept, tmp_path):
     write(log, *out(1))
     make(log, kept)
     other = SqliteLog.open(tmp_path / "elsewhere" / "log.db", partitions=2)
+    meta = kept.open("suppressions", 1).meta
+    write(other, *out(1))
+    assert not asyncio.run(fits(other, meta))  # though the record is the same
     write(other, *out(2))
     view = tail_of(other, kept).view
-    assert view.get(token(1)) is None
+    assert view.snapshot is None
     assert view.get(token(2)) == {SMS: State(True, 5)}
     asyncio.run(other.close())
 
@@ -319,23 +343,15 @@ def test_whoever_waits_is_told_once(log, kept, monkeypatch):
     write(log, *out(*range(9)))
     said, rounds = [], []
 
-    def asked(stream, version):
+    def made():
+        asyncio.run(gather(SqliteLog.open(log._main.path), kept, SUPPRESSIONS, 1))
+
+    def asked(*_):
         rounds.append(1)
         if len(rounds) == 3:
-            subprocess_like = SqliteLog.open(log._main.path)
-            thread_made(subprocess_like, kept)
-
-    def thread_made(other, kept):
-        import threading
-
-        def work():
-            asyncio.run(gather(SqliteLog.open(log._main.path), kept, SUPPRESSIONS, 1))
-
-        asyncio_free = threading.Thread(target=work)
-        asyncio_free.start()
-        asyncio_free.join()
-        for file in (other._main, other._traffic):
-            file.db.close()
+            maker = threading.Thread(target=made)
+            maker.start()
+            maker.join()
 
     kept.gather = asked
     tail = EntryTail(log, SUPPRESSIONS, 1, kept, told=said.append)

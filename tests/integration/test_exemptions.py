@@ -406,8 +406,8 @@ def test_what_was_withdrawn_while_a_rotation_was_under_way_does_not_come_back(pl
 
     assert place.within(killed).written == 2
     place.call("exemption", "remove", LISTED, "--account", "acme", "--channel", "sms")
-    # When it is done again / Then what was withdrawn is withdrawn
-    assert place.call("keys", "rotate", "token").status == 0
+    # When it is done again / Then what was copied is not copied twice, and what was withdrawn is withdrawn
+    assert place.call("keys", "rotate", "token", "--json").lines[0]["token"]["exemptions"] == 0
     assert states(place) == {("purchase", "sms"): "withdrawn", ("purchase", "voice"): "in force"}
     assert screened(place) == REFUSED
     assert screened(place, channel="voice") == EXEMPT
@@ -426,6 +426,24 @@ def test_an_exemption_that_does_not_open_is_left_behind_by_a_rotation_and_counte
     assert "0 exemptions written anew; 4 that do not open any more are in force no longer" in done.out
     assert check(place) == []
     assert screened(place) == REFUSED
+
+
+def test_a_backup_of_before_a_rotation_leaves_behind_what_it_cannot_open(place):
+    give(place)
+    files = {path: path.read_bytes() for path in place.data.glob("keys.db*")}
+    assert place.call("keys", "rotate", "token").status == 0
+    assert screened(place) == EXEMPT
+    for path in place.data.glob("keys.db*"):
+        path.unlink()
+    for path, content in files.items():
+        path.write_bytes(content)
+        path.chmod(0o600)
+    done = place.call("keys", "reconcile")
+    assert done.status == 0, done.err
+    assert check(place) == []
+    assert screened(place) == REFUSED
+    give(place)
+    assert screened(place) == EXEMPT
 
 
 def test_an_accounts_erasure_withdraws_its_exemptions_of_the_person_and_nothing_of_others(place):

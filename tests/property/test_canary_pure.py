@@ -79,13 +79,15 @@ TABLE = {
     "recipient": ("recipient", "p", "o", "P", "n"),  # of a preference: the sender that its scope is about
     "location": ("person", "p", "p", "P", ""),
     "child": ("person", "p", "p", "P", ""),
+    "time_zone": ("person", None, None, "P", None),
     "attributes": ("person", "p", "p", "P", ""),
     "content": ("content", "c", "c", "P", None),
     "recording_ref": ("content", "c", "c", "P", None),
     "transcript": ("content", "c", "c", "P", None),
 }
+ZONES = ("America/Boise", "Asia/Kathmandu", "Pacific/Chatham", "Africa/Nairobi")
 COLUMN = {("cdr", "mt"): 1, ("cdr", "mo"): 2, ("request", "mt"): 3, ("preference", "mo"): 4}
-REVIEWED = {"record_id", "occurred_at", "sender", "recipient", "content"}
+REVIEWED = {"record_id", "occurred_at", "sender", "recipient", "country", "campaign_id", "content"}
 """Fields of an inbound text that is nearly a keyword: they stand in the sealed part of `review` as well."""
 
 CASES = [
@@ -115,6 +117,8 @@ def planted(case):
         "campaign_id": f"campaign-{tag}", "client_ip": f"203.0.113.{100 + n}", "location": f"Straße {tag}",
         "display_name": f"Zoë {tag}", "child": True, "attributes": {f"key-{tag}": f"value-{tag}"}, "purpose": "otp",
     }  # fmt: skip
+    if kind == "request":
+        fields["time_zone"] = ZONES[n % len(ZONES)]
     if kind == "preference":
         fields |= {"action": "opt_out", "scope": "sender", "class": "service"}
     elif channel == "sms":
@@ -239,6 +243,8 @@ def test_changing_the_class_of_any_one_field_is_found_out(field):
         # … and what it does to the outputs is found wherever it does anything
         if told_apart_by_outputs and group_of(privacy.value) != group_of(TABLE[field][0]):
             assert misplaced(changed), f"{field} as {privacy.value}"
+        elif not told_apart_by_outputs and TABLE[field][3] is not None and privacy is PrivacyClass.SENDER:
+            assert misplaced(changed), f"{field}, of requests only, as {privacy.value}"
         else:
             assert misplaced(changed) == []
 

@@ -26,6 +26,7 @@ SETTINGS = {
     "transaction.abort.timed.out.transaction.cleanup.interval.ms": "500",
     "log.segment.delete.delay.ms": "1000",
     "log.retention.check.interval.ms": "1000",
+    "log.cleaner.backoff.ms": "300",
 }
 
 

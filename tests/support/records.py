@@ -124,10 +124,11 @@ class Lists:
     """Registries of a test: name → (as of, numbers)."""
 
     def __init__(self, **lists):
-        self._lists = {name.replace("_", "-"): found for name, found in lists.items()}
+        names = {name.replace("_", "-"): found for name, found in lists.items()}
+        self._lists = {name: Listed(name, *found) for name, found in names.items()}
 
     def get(self, name):
-        return Listed(name, *self._lists[name]) if name in self._lists else None
+        return self._lists.get(name)
 
 
 def a_ring(needs: Needs, now_s=0):

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from processors.screen.entries import HEAD_BYTES, MAGIC, Damaged, Meta, Records, Snapshot, merge
-from processors.screen.suppression import Change, Rule, State, Suppressions, fold, latest, record_key
+from processors.screen.suppression import Change, Overlay, Rule, State, Suppressions, fold, latest, record_key
 
 META = Meta(stream="suppressions", version=1, store="s", log="l", offsets=(7, 9), witnesses=((6, "ab"), None))
 SMS = Rule("platform", "all", "sms", "person")
@@ -130,6 +130,20 @@ def test_a_rule_of_many_people_moves_with_its_number():
     assert new.get(token(9)) == {VOICE: State(True, 1)}
 
 
+def test_tokens_that_begin_alike_stay_apart_in_every_merge():
+    alike = [bytes(15) + bytes([last]) for last in range(6)] + [bytes(8) + b"\xff" * 8]
+    old = snapshot(*((one, SMS, True, at) for at, one in enumerate(alike[::2])))
+    middle = snapshot(*((one, VOICE, True, at) for at, one in enumerate(alike)), (alike[0], SMS, False, 9), old=old)
+    new = snapshot((alike[1], OURS, True, 7), (alike[2], VOICE, False, 8), old=middle)
+    assert new.get(alike[0]) == {VOICE: State(True, 0)}
+    assert new.get(alike[1]) == {VOICE: State(True, 1), OURS: State(True, 7)}
+    assert new.get(alike[2]) == {SMS: State(True, 1)}
+    assert new.get(alike[3]) == {VOICE: State(True, 3)}
+    assert new.get(alike[4]) == {SMS: State(True, 2), VOICE: State(True, 4)}
+    assert new.get(alike[5]) == {VOICE: State(True, 5)}
+    assert new.get(alike[6]) == {SMS: State(True, 3), VOICE: State(True, 6)}
+
+
 def test_exemptions_fold_by_the_last_word():
     old = snapshot((token(1), SMS, True, 9), (token(2), SMS, True, 9), how=latest)
     new = snapshot((token(1), SMS, True, 4), (token(2), SMS, False, 0), old=old, how=latest)
@@ -205,8 +219,6 @@ def test_whoever_has_not_changed_after_a_snapshot_is_let_go_and_stays_who_they_w
 
 
 def test_whoever_was_merged_and_not_read_back_stays_in_the_tail():
-    from processors.screen.suppression import Overlay
-
     view = Suppressions()
     overlay = Overlay(view)
     overlay.apply(Change(token(1), SMS, True, 50, "", None), 100)
@@ -228,6 +240,15 @@ def test_a_change_takes_all_entries_of_the_person_along():
     view.apply(token(2), SMS, out=False, event_s=6, place=(0, 8))
     assert view.get(token(2)) is None
     assert len(view) == 1
+
+
+def test_a_record_that_changes_nothing_takes_no_memory():
+    view = Suppressions()
+    view.adopt(snapshot((token(1), SMS, True, 5)))
+    view.apply(token(1), SMS, out=True, event_s=4, place=(0, 7))
+    view.apply(token(1), SMS, out=False, event_s=5, place=(0, 8))
+    assert len(view) == 0
+    assert view.get(token(1)) == {SMS: State(True, 5)}
 
 
 def test_what_is_shown_tells_nothing():

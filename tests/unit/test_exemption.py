@@ -19,7 +19,7 @@ from tests.support import records as r
 
 POLICY = parse_policy(r.DEFAULT_POLICY, "default")
 US, CA, DE, JAMAICA = "+14155550123", "+14165550123", "+4915112345678", "+18765550123"
-TOLL_FREE = "+18005550123"
+TOLL_FREE, NOWHERE = "+18005550123", "+9991234567"
 CONSENT_ONLY = r.DEFAULT_POLICY.replace("inquiry_months = 3", "inquiry_months = 0")
 
 
@@ -73,6 +73,7 @@ def test_a_purchase_and_an_inquiry_last_as_long_as_the_numbers_country_lets_them
 def test_where_the_digits_do_not_tell_the_country_every_one_must_let_it():
     # Given a number that may be of any country of calling code 1 / Then only a consent counts
     assert [longest_s(POLICY, kind, TOLL_FREE, r.NOW_S) is None for kind in KINDS] == [False, True, True]
+    assert [longest_s(POLICY, kind, NOWHERE, r.NOW_S) is None for kind in KINDS] == [False, True, True]
 
 
 def test_no_months_are_no_exemption():

@@ -309,6 +309,13 @@ def test_lines_of_one_length_are_read_together_and_odd_ones_alone(monkeypatch):
     monkeypatch.setattr(lists._Lines, "one", lambda self, text: alone.append(text) or self._plan.one(b"4155550100"))
     for data in (b"415,5550100\n" * 5000, b"415,5550100\r\n" * 5000, b"415,5550100\r\n415,5550100\n" * 2500):
         assert len(numbers(FORMATS["us-dnc"], data)) == 5000
+    for name, data in (
+        ("uk-tps-5-7", b"01635 506160\r\n0207 3787244\r\n01697  72345\r\n"),
+        ("uk-tps-12", b"01635506160 \r\n0169772345  \r\n1635506160  \r\n"),
+        ("sg-dnc", b"91234567\n61234567\r\n"),
+    ):
+        assert len(numbers(shipped(name), data * 500)) == 500 * data.count(b"\n")
+    assert len(numbers(mapping(COLUMNS), b"a;3787244;0207\nbc;3787244;0207;\n" * 500)) == 1000
     assert alone == []
     assert len(numbers(FORMATS["us-dnc"], b"415,5550100\n" * 5000 + b"\n")) == 5001
     assert alone == [b"\n"]

@@ -1,7 +1,9 @@
 """What is refused, in which order, with which reason and codes; and how opt-outs act within and across batches."""
 
+import re
 from datetime import UTC, datetime
 from itertools import product
+from pathlib import Path
 
 import orjson
 import pytest
@@ -102,6 +104,13 @@ def test_of_several_reasons_the_first_rule_in_order_decides(first):
 
 def test_the_reasons_are_listed_in_the_order_of_the_rules():
     assert [name for name in REASONS if name in ORDER] == list(ORDER)
+
+
+def test_the_page_about_verdicts_lists_the_rules_and_reasons_in_their_order():
+    page = (Path(__file__).parents[2] / "docs" / "screening.md").read_text()
+    table = page.partition("| rule |")[2].partition("\n\n")[0]
+    named = dict.fromkeys(re.findall(r"`([a-z_]+)`", table))  # some rules are called as their reason is
+    assert [name for name in named if name in REASONS] == list(REASONS)
 
 
 def test_every_rule_asked_can_be_listed_with_its_clause():
