@@ -10,7 +10,7 @@ from benchmarks.common import BATCH, KINDS, Bench, batch, best_us, report
 from processors.decode import decode, parties, timestamp
 from processors.keyring import EpochKey, KeyRing, PersonRef, PersonSecret
 from processors.screen.suppression import Tokens
-from processors.screen.verdict import NOBODY, Screen, Subject
+from processors.screen.verdict import NOBODY, Memo, Screen, Subject
 from processors.seal import Entropy, Job, Sealer, seal_each
 from schemas.fields import normalise
 from schemas.inbound import Inbound
@@ -60,7 +60,7 @@ def main() -> None:
     account = bench.pipeline.policy.account("acme-retail")
     subjects = [
         Subject("acme-retail", normalise(record.recipient), tokens.of(record.recipient), "sms", "marketing", "US", False,
-                bench.now_s, ("platform", "account:acme-retail"))
+                bench.now_s, ("platform", "account:acme-retail"), None, Memo(normalise(record.recipient), "US"))
         for record in records
     ]  # fmt: skip
     screen = Screen(bench.pipeline.policy, bench.registries, bench.view, NOBODY, bench.now_s)

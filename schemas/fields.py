@@ -195,6 +195,7 @@ _ALPHANUMERIC = re.compile(r"(?=.*[A-Za-z])[A-Za-z0-9 !\"#$%&'()*+,./:;<=>?_-]{1
 _EMAIL = re.compile(r"[^@\s<>\"]{1,64}@[^@\s<>\"]{1,255}")
 _IN_BRACKETS = re.compile(r"[^<>]*<([^<>]+)>(?:;.*)?")
 _SCHEMES = ("sip:", "sips:", "tel:", "mailto:")
+_HOST = re.compile(r"(?=[^;]*[A-Za-z])[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)+(?:[:;?].*)?").fullmatch
 _PORT = re.compile(r":[0-9]*$")
 _CONTEXT = re.compile(r";phone-context=(\+[0-9().\-]+)")
 _SEPARATORS = re.compile(r"[\s().\-/\[\]_~\u00b7\u2010-\u2015\u2053\u2212\u223c\u30fb\u30fc]+")
@@ -264,19 +265,21 @@ def _normalise_slowly(raw: str, region: str | None) -> Party:
         return NOBODY
     bracketed = _IN_BRACKETS.fullmatch(text)
     if bracketed is not None:
-        text = bracketed[1]
+        text = bracketed[1].strip()
     scheme = next((scheme for scheme in _SCHEMES if text[:7].lower().startswith(scheme)), "")
     if scheme:
         text = _plain(unquote(text[len(scheme) :], errors="replace"))
-    if scheme in ("sip:", "sips:"):
+    if not text or text.lower() in _WITHHELD:
+        return NOBODY
+    if scheme in ("sip:", "sips:") and ("@" in text or _HOST(text)):
         return _sip(text, region)
     if _EMAIL.fullmatch(text):
         return _party(Kind.EMAIL, _email(text))
     number = _number(text, region)
     if number is not None:
         return number
-    if scheme == "tel:":
-        text = text.partition(";")[0].strip()
+    if scheme == "tel:" and ";" in text:  # its parameters say no more
+        return _normalise_slowly(text.partition(";")[0], region)
     compact = _PLUSES.sub("+", _SEPARATORS.sub("", text))
     if _is_digits(compact) and len(compact) <= 6:
         return _party(Kind.SHORT_CODE, compact)
@@ -309,7 +312,7 @@ def _is_digits(text: str) -> bool:
 def _email(text: str) -> str:
     """Return an e-mail address in small letters, the labels of its domain as the DNS has them."""
     local, _, domain = text.lower().rpartition("@")
-    labels = domain.removesuffix(".").split(".")
+    labels = domain.rstrip(".").split(".")
     return f"{local}@{'.'.join(map(_label, labels))}"
 
 
@@ -334,7 +337,7 @@ def _sip(text: str, region: str | None) -> Party:
         return found
     host = _PORT.sub("", re.split(r"[;?]", host, maxsplit=1)[0])
     name = user.partition(";")[0].partition(":")[0]
-    return _party(Kind.SIP, _email(f"{name}@{host}") if at else host.lower())
+    return _party(Kind.SIP, _email(f"{name.strip()}@{host.strip()}") if at else host.lower())
 
 
 def _number(text: str, region: str | None) -> Party | None:
