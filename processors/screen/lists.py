@@ -330,14 +330,13 @@ class _Lines:
             return value, length
         columns = [lines[:, at] - np.uint8(_ZERO) for at in range(start, stop)]
         are = [column <= 9 for column in columns]
-        if all(bool(each.all()) for each in are):
-            for column in columns:
+        all_digits = all(bool(each.all()) for each in are)
+        if all_digits or self._padding is None:
+            for column, each in zip(columns, are, strict=True):
                 value = value * 10 + column
+                if not all_digits:
+                    right &= each
             return value, length + len(columns)
-        if self._padding is None:
-            for each in are:
-                right &= each
-            return value, length
         padding = np.uint8((self._padding[0] - _ZERO) % 256)
         edges = are[0].astype(np.int8) + are[-1]
         for at, (column, each) in enumerate(zip(columns, are, strict=True)):

@@ -10,7 +10,7 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from struct import Struct
-from typing import Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from schemas.fields import is_code
 
@@ -159,6 +159,8 @@ class Beneath(Protocol):
 
 
 _Place = tuple[int, int]
+_MAX_LOOKED = 65_536
+_NOT_LOOKED: Final[Any] = object()
 _AHEAD: Final[_Place] = (0, 1 << 62)
 """The place of what was merged and not read back yet: behind every snapshot."""
 _first_four: Final = Struct(">I").unpack_from
@@ -171,15 +173,16 @@ def _nobody(_token: bytes) -> None:
 class Suppressions:
     """The entries that one process knows: a snapshot, if there is one, and over it whoever has changed since.
 
-    Of somebody who has changed all entries are here, so that a look-up reads one of both. `fold` says how a record
-    changes a state.
+    Of somebody who has changed all entries are here, so that a look-up reads one of both. What the snapshot says of
+    whoever was looked up lately is kept as long as the snapshot. `fold` says how a record changes a state.
     """
 
-    __slots__ = ("_bits", "_changed", "_find", "_fold", "_places", "_shift", "snapshot")
+    __slots__ = ("_bits", "_changed", "_find", "_fold", "_looked", "_places", "_shift", "snapshot")
 
     def __init__(self, fold: Fold = fold) -> None:
         self._fold = fold
         self._changed: dict[bytes, dict[Rule, State]] = {}
+        self._looked: dict[bytes, Entries | None] = {}
         self._places: dict[bytes, _Place] = {}
         self.snapshot: Beneath | None = None
         self._bits: memoryview | bytes | None = None
@@ -198,8 +201,14 @@ class Suppressions:
         bits = self._bits
         if bits is None:
             return None
-        place = _first_four(token)[0] >> self._shift
-        return self._find(token) if bits[place >> 3] >> (place & 7) & 1 else None
+        known: Entries | None = self._looked.get(token, _NOT_LOOKED)
+        if known is _NOT_LOOKED:
+            place = _first_four(token)[0] >> self._shift
+            known = self._find(token) if bits[place >> 3] >> (place & 7) & 1 else None
+            if len(self._looked) >= _MAX_LOOKED:
+                self._looked.clear()
+            self._looked[token] = known
+        return known
 
     def apply(self, token: bytes, rule: Rule, *, out: bool, event_s: int, place: _Place = (0, 0)) -> None:
         """Fold in one record of the stream, in log order; `place` is its partition and offset."""
@@ -230,6 +239,7 @@ class Suppressions:
             del self._places[token], self._changed[token]
         self.snapshot, self._find = snapshot, snapshot.find
         self._bits, self._shift = snapshot.bits, snapshot.shift
+        self._looked.clear()
 
 
 def scope_id(scope: str, account: str, sender: str, campaign: str | None, tokens: Tokens) -> str:

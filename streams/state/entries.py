@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from datetime import datetime
 from functools import cache, lru_cache
 from typing import Final, NamedTuple
@@ -23,7 +24,7 @@ import msgspec
 
 from processors.screen.entries import Snapshot
 from processors.screen.suppression import Fold, Suppressions, fold, latest, parse_key
-from schemas.errors import Gathering, LogBusy, LogUnusable
+from schemas.errors import Gathering, LogBusy, LogFull, LogUnusable
 from streams.log.protocol import Log, Stored
 from streams.state.snapshots import LOOK_S, Snapshots, Stamp, fits
 
@@ -34,6 +35,8 @@ MANY: Final = 100_000
 """A newer snapshot is made once so many people have changed since the last."""
 MOST: Final = 400_000
 """No more people than these are held over a snapshot, and no more records read for want of one."""
+READ_S: Final = 1.0
+"""So long a call reads that must not wait: whoever holds partitions says in between that it lives."""
 _LOOK_S: Final = 0.005
 _WAIT_S: Final = 0.1
 
@@ -94,8 +97,6 @@ class EntryTail:
         """Show the entries of another token key from the next `catch_up` on; those of older ones go."""
         if version != self._version:
             self._begin(version)
-            if self._snapshots is not None:
-                self._snapshots.discard_before(self.stream, version)
 
     async def catch_up(self) -> int:
         """Fold in everything up to the high watermark seen at the call; return the number of records. Blocks on I/O.
@@ -126,8 +127,11 @@ class EntryTail:
         ends = await self._log.end_offsets(self.stream)
         if ends == self._next:
             return 0
+        if any(end < at for end, at in zip(ends, self._next, strict=True)):
+            self._begin(self._version)
+            raise LogBusy("the stream has lost its end since it was read; it is read anew", stream=self.stream)
         await self._decided(ends)
-        count = 0
+        count, deadline_s = 0, time.monotonic() + READ_S
         for partition, end in enumerate(ends):
             while self._next[partition] < end:
                 page = await self._log.read(self.stream, partition, self._next[partition], PAGE, end)
@@ -137,9 +141,12 @@ class EntryTail:
                 count += len(page)
                 if snapshots is not None and len(self.view) > MOST:
                     self._begin(self._version)
-                    await self._first()  # raises: there is more to read than that
+                    return count + await self._catch_up()  # raises Gathering, if there is no newer snapshot by now
+                if self._told is None and time.monotonic() > deadline_s and self._next != ends:
+                    raise LogBusy("the stream is being read; nothing is cleared before that", stream=self.stream)
         if snapshots is not None and len(self.view) > MANY:
-            snapshots.gather(self.stream, self._version)
+            with suppress(LogFull):
+                snapshots.gather(self.stream, self._version)
         return count
 
     async def _decided(self, ends: list[int]) -> None:
@@ -167,7 +174,8 @@ class EntryTail:
             self._newer[version] += 1
             if self._newer[version] > MANY:
                 self._newer[version] = 0
-                self._snapshots.gather(self.stream, version)
+                with suppress(LogFull):
+                    self._snapshots.gather(self.stream, version)
 
     # --- snapshots --------------------------------------------------------------------------------------------
 
@@ -177,6 +185,7 @@ class EntryTail:
         snapshots = self._snapshots
         if snapshots is None:
             return begins
+        snapshots.discard_before(self.stream, self._version)
         snapshot = await self._newest(snapshots, wait=True)
         if snapshot is not None:
             begins = list(snapshot.offsets)
@@ -188,9 +197,14 @@ class EntryTail:
         return begins
 
     async def _renew(self, snapshots: Snapshots, reached: list[int]) -> None:
-        """Take over a newer snapshot, once there is one, it is verified, and all in it has been read."""
-        snapshot = await self._newest(snapshots, wait=False)
-        if snapshot is None or snapshot is self.view.snapshot:
+        """Take over a newer snapshot, once there is one, it is verified, and all in it has been read.
+
+        One that was begun anew goes less far at first: who has changed since would be in neither.
+        """
+        snapshot, before = await self._newest(snapshots, wait=False), self.view.snapshot
+        if snapshot is None or snapshot is before:
+            return
+        if before is not None and any(at < had for at, had in zip(snapshot.offsets, before.offsets, strict=True)):
             return
         if all(offset <= at for offset, at in zip(snapshot.offsets, reached, strict=True)):
             self.view.adopt(snapshot)
@@ -213,12 +227,13 @@ class EntryTail:
             if time.monotonic() > deadline_s:
                 raise Gathering("a snapshot is being verified; nothing is cleared before that", stream=self.stream)
             await asyncio.sleep(_LOOK_S)
-        self._stamp, self._opening, self._known = stamp, None, opening.result()
-        if self._known is not None and not await fits(self._log, self._known.meta):
-            self._known = None
+        found = opening.result()
+        if found is not None and not await fits(self._log, found.meta):  # if that raises, it is asked again
+            found = None
             if snapshots.stamp(self.stream, self._version) == stamp:
                 snapshots.discard(self.stream, self._version)
-        return self._known
+        self._stamp, self._opening, self._known = None if found is None else stamp, None, found
+        return found
 
 
 @cache

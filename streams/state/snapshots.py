@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import mmap
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +27,8 @@ LOOK_S: Final = 1.0
 """So often a process looks whether there is a newer snapshot."""
 AGAIN_S: Final = 5.0
 """So long after a child has ended none is started for the same snapshot."""
+
+_NAME: Final = re.compile(rf"\.?([a-z.]+)-([0-9]+){re.escape(SUFFIX)}(?:\.new)?")
 
 Stamp = tuple[int, int, int]  # inode, modification time in ns, size
 _Key = tuple[str, int]  # stream and version of the token key
@@ -83,10 +86,10 @@ class Snapshots:
             mapped.madvise(mmap.MADV_SEQUENTIAL)  # a disk reads ahead further
             snapshot.check()
             mapped.madvise(mmap.MADV_NORMAL)
-        except FileNotFoundError:
-            return None
-        except (OSError, Damaged):
-            if stamp is not None and self.stamp(stream, version) == stamp:
+        except OSError:
+            return None  # this process cannot read it now; others may
+        except Damaged:
+            if self.stamp(stream, version) == stamp:
                 self.discard(stream, version)
             return None
         return snapshot
@@ -103,16 +106,20 @@ class Snapshots:
             self.path(stream, version).unlink(missing_ok=True)
 
     def discard_before(self, stream: str, version: int) -> None:
-        """Delete the snapshots of older token keys."""
-        for path in self.folder.glob(f"{stream}-*{SUFFIX}"):
-            number = path.name.removeprefix(f"{stream}-").removesuffix(SUFFIX)
-            if number.isdigit() and int(number) < version:
-                self.discard(stream, int(number))
+        """Delete the snapshots of older token keys, and what somebody left who was killed while making one."""
+        for path in self.folder.glob(f"*{stream}-*{SUFFIX}*"):
+            named = _NAME.fullmatch(path.name)
+            if named is not None and named[1] == stream and int(named[2]) < version:
+                with suppress(OSError):
+                    path.unlink(missing_ok=True)
 
     # --- making one -------------------------------------------------------------------------------------------
 
     def gather(self, stream: str, version: int) -> None:
-        """Have a child make a newer snapshot, unless one is at it, here or in another process. Does not block."""
+        """Have a child make a newer snapshot, unless one is at it, here or in another process. Does not block.
+
+        Raises LogFull if this computer refuses.
+        """
         key = (stream, version)
         child = self._children.get(key)
         if child is not None:
@@ -125,13 +132,22 @@ class Snapshots:
         with self.locked(stream, version) as mine:
             pass
         if mine:
-            self._children[key] = self._start(stream, version)
+            try:
+                self._children[key] = self._start(stream, version)
+            except OSError as error:
+                raise LogFull(f"no process can be started to make a snapshot: {error.strerror}") from None
 
     @contextmanager
     def locked(self, stream: str, version: int) -> Iterator[bool]:
-        """Keep others from making this snapshot while the block runs; yields False if another process is at it."""
-        self.folder.mkdir(0o700, parents=True, exist_ok=True)
-        handle = os.open(self.folder / f".{stream}-{version}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        """Keep others from making this snapshot while the block runs; yields False if another process is at it.
+
+        Raises LogFull if the disk refuses.
+        """
+        try:
+            self.folder.mkdir(0o700, parents=True, exist_ok=True)
+            handle = os.open(self.folder / f".{stream}-{version}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise LogFull(f"no snapshot can be made: {error.strerror}", folder=str(self.folder)) from None
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -72,6 +72,15 @@ def test_the_first_of_several_broken_lines_is_named_wherever_it_is():
             assert refused.value.where["line"] == before + 1
 
 
+@pytest.mark.parametrize("name", ["us-dnc", "ca-dncl"])
+def test_an_odd_area_code_does_not_let_a_broken_line_before_it_pass(name):
+    # Canada has numbers of 7 digits: what is behind the area code must not be taken for one
+    good = b"416,5550100\n" * 40
+    with pytest.raises(RegistryInvalid) as refused:
+        numbers(FORMATS[name], b"016,5550101\n" + good + b"x16,5550102\n" + good)
+    assert refused.value.where["line"] == 1
+
+
 def test_a_byte_order_mark_is_dropped_at_the_start_only():
     assert numbers(FORMATS["us-dnc"], b"\xef\xbb\xbf415,5550100\n", 1) == [14_155_550_100]
     assert numbers(FORMATS["ca-dncl"], b"\xef\xbb\xbf\n416,5550100\n", 2) == [14_165_550_100]
