@@ -17,6 +17,7 @@ LINE: Final = "line"
 """The column that a line has wrong which is not one of CSV, or has not as many cells as the header."""
 NOT_A_LINE: Final = "the line is not one of CSV with as many cells as the header"
 _INSTANT = re.compile(r"\d{4}-\d\d-\d\d([Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d))?")
+_END_S: Final = int(datetime(9000, 1, 1, tzinfo=UTC).timestamp())
 
 
 class RowInvalid(InputInvalid):
@@ -88,11 +89,17 @@ def _cells(line: bytes) -> list[str] | None:
 
 
 def instant_s(text: str) -> int:
-    """Return the Unix seconds of an RFC 3339 instant or a date (its first UTC second). Raises ValueError."""
+    """Return the Unix seconds of an RFC 3339 instant or a date (its first UTC second), of 1970 to 8999.
+
+    Raises ValueError for anything else.
+    """
     if not _INSTANT.fullmatch(text):
         raise ValueError("another layout")
     at = datetime.fromisoformat(text.upper())
-    return int((at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp())
+    at_s = (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
+    if not 0 <= at_s < _END_S:  # what is counted from it must be an instant too
+        raise ValueError("another age")
+    return int(at_s)
 
 
 def spells_out(text: str, party: Party) -> bool:

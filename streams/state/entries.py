@@ -11,6 +11,7 @@ Rules of this file:
 """
 
 import asyncio
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -35,8 +36,6 @@ MANY: Final = 100_000
 """A newer snapshot is made once so many people have changed since the last."""
 MOST: Final = 400_000
 """No more people than these are held over a snapshot, and no more records read for want of one."""
-READ_S: Final = 1.0
-"""So long a call reads that must not wait: whoever holds partitions says in between that it lives."""
 _LOOK_S: Final = 0.005
 _WAIT_S: Final = 0.1
 
@@ -98,17 +97,17 @@ class EntryTail:
         if version != self._version:
             self._begin(version)
 
-    async def catch_up(self) -> int:
+    async def catch_up(self, within_s: float = math.inf) -> int:
         """Fold in everything up to the high watermark seen at the call; return the number of records. Blocks on I/O.
 
         What is written and not committed counts: it may be an opt-out. Raises LogBusy if it stays undecided, or the
         stream cannot be seen: whoever clears must not go on then; and Gathering, a LogBusy too, while a snapshot is
-        made without which there would be too much to read. A record that is no entry raises LogUnusable, for the view
-        would be incomplete without it.
+        made without which there would be too much to read. After `within_s` of reading it raises LogBusy too, and goes
+        on at the next call. A record that is no entry raises LogUnusable, for the view would be incomplete without it.
         """
         while True:
             try:
-                return await self._catch_up()
+                return await self._catch_up(within_s)
             except Gathering as error:
                 if self._told is None:
                     raise
@@ -117,7 +116,7 @@ class EntryTail:
                     self._told(str(error))
             await asyncio.sleep(_WAIT_S)
 
-    async def _catch_up(self) -> int:
+    async def _catch_up(self, within_s: float) -> int:
         snapshots = self._snapshots
         if self._next is None:
             self._next = await self._first()
@@ -131,7 +130,7 @@ class EntryTail:
             self._begin(self._version)
             raise LogBusy("the stream has lost its end since it was read; it is read anew", stream=self.stream)
         await self._decided(ends)
-        count, deadline_s = 0, time.monotonic() + READ_S
+        count, deadline_s = 0, time.monotonic() + within_s
         for partition, end in enumerate(ends):
             while self._next[partition] < end:
                 page = await self._log.read(self.stream, partition, self._next[partition], PAGE, end)
@@ -141,8 +140,8 @@ class EntryTail:
                 count += len(page)
                 if snapshots is not None and len(self.view) > MOST:
                     self._begin(self._version)
-                    return count + await self._catch_up()  # raises Gathering, if there is no newer snapshot by now
-                if self._told is None and time.monotonic() > deadline_s and self._next != ends:
+                    return count + await self._catch_up(within_s)  # Gathering, if there is none newer
+                if time.monotonic() > deadline_s and any(at < end for at, end in zip(self._next, ends, strict=True)):
                     raise LogBusy("the stream is being read; nothing is cleared before that", stream=self.stream)
         if snapshots is not None and len(self.view) > MANY:
             with suppress(LogFull):

@@ -29,6 +29,8 @@ from streams.worker.selftest import check_leaving
 
 POLL_S = 0.25
 IDLE_POLL_S = 0.02
+READ_S = 1.0
+"""So long opt-outs are read between two polls, so that the partitions stay whoever reads them."""
 FORGET_EVERY_S = 5.0
 """Committed clear traffic is deleted from disk at least this often while a worker runs (bound: 60 s)."""
 LOOK_EVERY_S = 5.0
@@ -154,8 +156,8 @@ class Worker:
     async def _catch_up(self) -> None:
         """Read opt-outs and exemptions to their high watermarks. Raises Retriable if that cannot be done now."""
         try:
-            await self._suppressions.catch_up()
-            await self._exemptions.catch_up()
+            await self._suppressions.catch_up(READ_S)
+            await self._exemptions.catch_up(READ_S)
         except Retriable:
             if self._watch.on:
                 with suppress(Retriable):

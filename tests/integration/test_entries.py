@@ -6,13 +6,14 @@ import stat
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from processors.screen.suppression import Change, Rule, State, record_key
 from schemas.catalog import partition_for
-from schemas.errors import Gathering, LogBusy, LogUnusable
+from schemas.errors import Gathering, LogBusy, LogFull, LogUnusable
 from schemas.outbound import Message, Output
 from streams.log.sqlite import SqliteLog
 from streams.state import entries, snapshots
@@ -168,6 +169,37 @@ def test_the_snapshot_of_many_chunks_is_that_of_one(log, kept, tmp_path):
         assert one.get(token(number)) == many.get(token(number)) == ({SMS: State(True, 9)} if number % 3 == 0 else None)
 
 
+def test_a_snapshot_begun_anew_is_not_taken_over_before_it_goes_as_far_as_the_one_in_use(log, kept, monkeypatch):
+    # Given a tail over a whole snapshot, whose file went, and of the next one only the first chunk so far
+    write(log, *out(*range(12)))
+    make(log, kept)
+    tail = tail_of(log, kept)
+    assert len(tail.view) == 0
+    kept.discard("suppressions", 1)
+    with monkeypatch.context() as patch:
+        put, written = kept.write, []
+
+        def once(*what):
+            if written:
+                raise LogBusy("killed")
+            put(*what)
+            written.append(what)
+
+        patch.setattr(kept, "write", once)
+        with pytest.raises(LogBusy):
+            make(log, kept, chunk=3)
+    assert sum(kept.open("suppressions", 1).offsets) < 12
+    # When the tail has seen it / Then everybody stands as before
+    settled(tail, lambda: tail._known is not None and tail._known is not tail.view.snapshot)
+    tail._look_s = 0.0
+    asyncio.run(tail.catch_up())
+    assert all(tail.view.get(token(number)) == {SMS: State(True, 5)} for number in range(12))
+    # When the rest is there / Then it is taken over
+    make(log, kept)
+    settled(tail, lambda: tail._known is tail.view.snapshot)
+    assert all(tail.view.get(token(number)) == {SMS: State(True, 5)} for number in range(12))
+
+
 def test_what_a_log_has_cut_off_is_still_in_the_snapshot(log, kept):
     write(log, *out(1))
     make(log, kept)
@@ -299,6 +331,98 @@ def test_a_snapshot_ahead_of_a_log_that_was_put_back_is_not_used(log, kept, tmp_
     asyncio.run(restored.close())
 
 
+def test_a_snapshot_that_could_not_be_compared_with_the_log_is_compared_before_it_is_used(
+    log, kept, tmp_path, monkeypatch
+):
+    # Given the snapshot of another log, and a log that is busy just then
+    write(log, *out(1))
+    make(log, kept)
+    other = SqliteLog.open(tmp_path / "elsewhere" / "log.db", partitions=2)
+    write(other, *out(2, 3))
+    tail = EntryTail(other, SUPPRESSIONS, 1, kept)
+
+    async def busy(*_):
+        raise LogBusy("now")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SqliteLog, "end_offsets", busy)
+        with pytest.raises(LogBusy):
+            asyncio.run(tail.catch_up())
+    # When it answers again
+    asyncio.run(tail.catch_up())
+    assert tail.view.snapshot is None
+    assert tail.view.get(token(1)) is None
+    assert tail.view.get(token(2)) == {SMS: State(True, 5)}
+    asyncio.run(other.close())
+
+
+def test_a_process_that_cannot_map_a_snapshot_now_leaves_it_to_others_and_tries_again(log, kept, monkeypatch):
+    write(log, *out(1))
+    make(log, kept)
+
+    def full(*_, **__):
+        raise OSError(12, "Cannot allocate memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(snapshots.mmap, "mmap", full)
+        tail = tail_of(log, kept)
+        assert tail.view.snapshot is None
+        assert tail.view.get(token(1)) == {SMS: State(True, 5)}
+    settled(tail, lambda: tail.view.snapshot is not None)
+
+
+def test_a_stream_that_was_put_back_under_a_tail_is_read_anew(log, kept, tmp_path):
+    # Given a tail that has read more than there is now
+    write(log, *out(1, 2, 3, 4))
+    tail = tail_of(log, kept)
+    other = SqliteLog.open(tmp_path / "elsewhere" / "log.db", partitions=2)
+    tail._log = other
+    write(other, *out(5))
+    # When / Then
+    with pytest.raises(LogBusy, match="lost its end"):
+        asyncio.run(tail.catch_up())
+    asyncio.run(tail.catch_up())
+    assert tail.view.get(token(5)) == {SMS: State(True, 5)}
+    assert tail.view.get(token(1)) is None
+    asyncio.run(other.close())
+
+
+def test_a_computer_on_which_no_snapshot_can_be_made_is_waited_for(log, folder, monkeypatch):
+    folder.write_text("no folder")
+    made = Snapshots(folder, "store", lambda *_: pytest.fail("not started"))
+    monkeypatch.setattr(entries, "MOST", 1)
+    write(log, *out(1, 2))
+    with pytest.raises(LogFull, match="no snapshot can be made: File exists"):
+        asyncio.run(EntryTail(log, SUPPRESSIONS, 1, made).catch_up())
+    folder.unlink()
+
+    def refused(*_):
+        raise OSError(11, "Resource temporarily unavailable")
+
+    with pytest.raises(LogFull, match="no process can be started"):
+        Snapshots(folder, "store", refused).gather("suppressions", 1)
+    # As long as there is little to read, it goes without
+    monkeypatch.setattr(entries, "MOST", 10)
+    monkeypatch.setattr(entries, "MANY", 1)
+    tail = EntryTail(log, SUPPRESSIONS, 1, Snapshots(folder, "store", refused))
+    assert asyncio.run(tail.catch_up()) == 2
+    assert tail.view.get(token(2)) == {SMS: State(True, 5)}
+
+
+def test_who_must_not_read_long_reads_on_at_the_next_call_and_sees_nothing_before(log, kept, monkeypatch):
+    monkeypatch.setattr(entries, "PAGE", 2)
+    write(log, *out(*range(8)))
+    tail = EntryTail(log, SUPPRESSIONS, 1, kept)
+    for _ in range(2):
+        with pytest.raises(LogBusy, match="being read"):
+            asyncio.run(tail.catch_up(within_s=0.0))
+    for _ in range(3):
+        with suppress(LogBusy):
+            asyncio.run(tail.catch_up(within_s=0.0))
+    assert asyncio.run(tail.catch_up()) == 0
+    assert all(tail.view.get(token(number)) == {SMS: State(True, 5)} for number in range(8))
+
+
 def test_while_there_is_too_much_to_read_nothing_is_served_and_a_snapshot_is_asked_for(log, kept, monkeypatch):
     monkeypatch.setattr(entries, "MOST", 5)
     write(log, *out(*range(9)))
@@ -321,6 +445,18 @@ def test_a_tail_that_outgrows_its_memory_begins_anew_with_a_snapshot(log, kept, 
     with pytest.raises(Gathering):
         asyncio.run(tail.catch_up())
     make(log, kept)
+    asyncio.run(tail.catch_up())
+    assert all(tail.view.get(token(number)) == {SMS: State(True, 5)} for number in range(30))
+    assert len(tail.view) == 0
+
+
+def test_a_tail_that_outgrows_its_memory_goes_on_at_once_if_there_is_a_newer_snapshot(log, kept, monkeypatch):
+    monkeypatch.setattr(entries, "MOST", 5)
+    monkeypatch.setattr(entries, "PAGE", 2)
+    tail = tail_of(log, kept)
+    write(log, *out(*range(30)))
+    make(log, kept)
+    tail._look_s = float("inf")  # it has not looked since
     asyncio.run(tail.catch_up())
     assert all(tail.view.get(token(number)) == {SMS: State(True, 5)} for number in range(30))
     assert len(tail.view) == 0
@@ -437,6 +573,14 @@ def test_another_token_key_has_its_own_snapshot_and_the_old_one_goes(log, kept, 
     assert sorted(path.name for path in folder.glob("*.entries")) == ["suppressions-2.entries"]
     tail.follow(2)
     assert tail._next is not None
+    # Whoever begins later removes what was made late, or left half-way
+    for name in ("suppressions-1.entries", ".suppressions-1.entries.new", ".suppressions-2.entries.new"):
+        (folder / name).write_bytes(b"late")
+    (folder / "exemptions-1.entries").write_bytes(b"of another stream")
+    tail_of(log, kept, version=2)
+    assert sorted(path.name for path in folder.glob("*entries*")) == [
+        ".suppressions-2.entries.new", "exemptions-1.entries", "suppressions-2.entries",
+    ]  # fmt: skip
 
 
 # --- through the program ----------------------------------------------------------------------------------------

@@ -197,6 +197,7 @@ def test_what_ends_sooner_never_takes_the_place_of_what_lasts_longer(place):
         ({"evidence": LISTED[1:]}, (), "evidence"),
         ({"evidence": f"X{LISTED[1:]}"}, (), "evidence"),
         ({"given": "tomorrow"}, (), "given"),
+        ({"given": "0001-01-01T00:00:00+23:59"}, (), "given"),  # of the year 0, in UTC
         ({"given": (NOW + timedelta(2)).date().isoformat()}, (), "to come"),
         ({"given": "2020-01-01"}, (), "it ended on 2021-07-01T00:00:00Z"),
         ({"kind": "inquiry", "given": OLD}, (), "it ended on"),
@@ -205,6 +206,7 @@ def test_what_ends_sooner_never_takes_the_place_of_what_lasts_longer(place):
         ({"kind": "consent"}, ("--until", "2060-01-01"), "60 months after it was given"),
         ({"kind": "consent"}, ("--until", GIVEN), "it ended on"),
         ({}, ("--until", "soon"), "until"),
+        ({"kind": "consent"}, ("--until", "9999-12-31T23:59:59-23:59"), "until"),
     ],
 )
 def test_what_cannot_be_is_refused_with_a_line_that_says_why_and_no_number(place, changes, more, word):
