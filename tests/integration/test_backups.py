@@ -471,7 +471,9 @@ def unrestricted(place):
 
 
 @pytest.mark.parametrize(
-    "destroys", [lambda place: erased(place, PERSON), offboarded, destroyed_due, unrestricted], ids=str
+    "destroys",
+    [lambda place: erased(place, PERSON), offboarded, destroyed_due, unrestricted],
+    ids=("erased", "offboarded", "destroyed_due", "unrestricted"),
 )
 def test_a_whole_log_is_known_as_whole_whatever_was_destroyed_last(place, destroys):
     copy = backup(place)
