@@ -45,6 +45,7 @@ from streams.keys.cache import KeyCache
 from streams.keys.reveal import State
 from streams.keys.roles import OFFICER, only_officer
 from streams.log.protocol import Stored
+from streams.rows import spells_out
 from streams.state.entries import MANY, SUPPRESSIONS
 
 STREAM: Final = SUPPRESSIONS.stream
@@ -189,7 +190,7 @@ class OptOuts:
             raise EntryInvalid("channel")
         if entry.authority not in AUTHORITIES:
             raise EntryInvalid("authority")
-        if entry.reason and (not is_reason(entry.reason) or _tells(entry.reason, party)):
+        if entry.reason and (not is_reason(entry.reason) or spells_out(entry.reason, party)):
             raise EntryInvalid("reason")
         event_s = _event_s(entry.event_at) if entry.event_at else now_s
         token = self._tokens.of(party.value)
@@ -223,7 +224,7 @@ class OptOuts:
             if entry.sender or entry.campaign:
                 raise EntryInvalid("account")
             return None
-        if _tells(entry.account, party):
+        if spells_out(entry.account, party):
             raise EntryInvalid("account")
         if entry.sender and entry.campaign:
             raise EntryInvalid("sender")
@@ -240,7 +241,7 @@ class OptOuts:
                 raise EntryInvalid("sender")
             return scope_id("sender", entry.account, sender.value, None, self._tokens), sender.value
         if entry.campaign:
-            if not is_record_id(entry.campaign) or _tells(entry.campaign, party):
+            if not is_record_id(entry.campaign) or spells_out(entry.campaign, party):
                 raise EntryInvalid("campaign")
             scope = scope_id("campaign", entry.account, "", entry.campaign, self._tokens)
             return scope, hidden(scope, "", entry.campaign)
@@ -484,12 +485,6 @@ def _shown(scope: str) -> str:
     """Return a scope as it may be shown: without a sender's token."""
     kind, _, rest = scope.partition(":")
     return f"sender:{rest.split(':')[0]}:…" if kind == "sender" else scope
-
-
-def _tells(text: str, party: Party) -> bool:
-    """Return whether a text that stands in the clear spells out the person's number or address."""
-    value = party.value.lstrip("+")
-    return len(value) >= 7 and value in text.lower()
 
 
 def _event_s(text: str) -> int:

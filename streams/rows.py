@@ -10,13 +10,18 @@ from datetime import UTC, datetime
 from itertools import islice
 from typing import Final, NamedTuple
 
+import phonenumbers
+
 from schemas.errors import InputInvalid
-from schemas.fields import Party
+from schemas.fields import Kind, Party
 
 LINE: Final = "line"
 """The column that a line has wrong which is not one of CSV, or has not as many cells as the header."""
 NOT_A_LINE: Final = "the line is not one of CSV with as many cells as the header"
 _INSTANT = re.compile(r"\d{4}-\d\d-\d\d([Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d))?")
+MIN_DIGITS: Final = 7
+"""Fewer are nobody's number."""
+_SEPARATORS = re.compile(r"[\s().\-/_]+")
 _END_S: Final = int(datetime(9000, 1, 1, tzinfo=UTC).timestamp())
 
 
@@ -103,6 +108,18 @@ def instant_s(text: str) -> int:
 
 
 def spells_out(text: str, party: Party) -> bool:
-    """Return whether a text that stands in the clear spells out the person's number or address."""
-    value = party.value.lstrip("+")
-    return len(value) >= 7 and value in text.lower()
+    """Return whether a text that stands in the clear spells out the person's number, national or whole, or address."""
+    if party.kind is not Kind.NUMBER:
+        value = party.value.lstrip("+")
+        return len(value) >= MIN_DIGITS and value in text.lower()
+    digits = _SEPARATORS.sub("", text)
+    return party.value[-MIN_DIGITS:] in digits and (national(party.value) or party.value[1:]) in digits
+
+
+def national(number: str) -> str | None:
+    """Return the digits of an E.164 number without its country code; None: of no known country, or too few."""
+    try:
+        digits = phonenumbers.national_significant_number(phonenumbers.parse(number))
+    except phonenumbers.NumberParseException:
+        return None
+    return digits if len(digits) >= MIN_DIGITS else None

@@ -26,8 +26,9 @@ _ANYWHERE_DIGITS = 3
 """Up to so many digits, what is an emergency number anywhere is one everywhere: handsets take it for one."""
 _EVERYWHERE = ("112", "911", "999")
 """Emergency numbers that are looked for behind any calling code."""
-_DIALLED = re.compile(r"\+?[0-9\s().\-/]+").fullmatch
-_NUMBER, _SHORT_CODE, _UNKNOWN, _SIP = Kind.NUMBER, Kind.SHORT_CODE, Kind.UNKNOWN, Kind.SIP
+_DIALLED = re.compile(r"[^\w+]*(\+?[0-9\s().\-/]+)(?=\W|$|(?:x|ext|p|w)\W*[0-9])", re.IGNORECASE).match
+"""What is dialled first: before a pause, an extension, or whatever else a gateway may drop."""
+_NUMBER, _EMAIL = Kind.NUMBER, Kind.EMAIL
 
 
 class Place(NamedTuple):
@@ -61,10 +62,11 @@ def place_of(party: Party, country: str | None) -> Place:
     kind = party.kind
     if kind is _NUMBER:
         return place_of_number(party.value)
-    if kind is _SHORT_CODE or kind is _UNKNOWN or kind is _SIP:
-        dialled = party.value.partition("@")[0]
-        if len(dialled) <= _MAX_DIALLED and _DIALLED(dialled) and _is_barred(dialled, country):
-            return _BARRED
+    if kind is _EMAIL:
+        return ANYWHERE
+    found = _DIALLED(party.value.partition("@")[0])
+    if found is not None and len(found[1]) <= _MAX_DIALLED and _is_barred(found[1], country):
+        return _BARRED
     return ANYWHERE
 
 

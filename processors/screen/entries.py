@@ -340,12 +340,13 @@ class _Rules:
 
 
 def merge(
-    old: Snapshot | None, new: Records, meta: Meta, fold: Fold, write: Write, pause: Callable[[], None] = lambda: None
-) -> tuple[bytes, Meta]:
+    old: Snapshot | None, new: Records, meta: Meta, fold: Fold, write: Write, pause: Callable[[], None] = lambda: None,
+    *, after_s: int | None = None,
+) -> tuple[bytes, Meta]:  # fmt: skip
     """Write a snapshot of the old one's entries and the records after it; return its head and what it is of.
 
     `write` takes it from the end of the head on; the head, which comes last, makes it one. `meta` says what it is of.
-    `pause` is called between blocks, and may raise.
+    `pause` is called between blocks, and may raise. With `after_s` only entries of a later instant (Unix s) are kept.
     """
     rules, came = _Rules(old), new.sorted()
     bases = np.array([rules.base(rule) for rule in new.table] or [0], np.int64)
@@ -357,7 +358,11 @@ def merge(
     for block, (first, last) in enumerate(pairwise(edges)):
         pause()
         part = came.slice(int(first), int(last))
-        writer.block(block, *_block(old, block, rules, part, fold))
+        tokens, numbers, events_s = _block(old, block, rules, part, fold)
+        if after_s is not None:
+            kept = rules.taken_apart(numbers, events_s)[1] > after_s
+            tokens, numbers, events_s = tokens[kept], numbers[kept], events_s[kept]
+        writer.block(block, tokens, numbers, events_s)
     return writer.finish(meta, rules)
 
 

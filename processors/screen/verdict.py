@@ -137,6 +137,13 @@ REASONS = (
 """Every reason for a refusal, in the order in which the rules are asked."""
 
 
+class _Exemption(NamedTuple):
+    """What lifts a rule: the kind that is named, and when the last of those in force ends (Unix s)."""
+
+    kind: str
+    ends_s: int
+
+
 class _List(NamedTuple):
     """A registry that is asked on a channel. `lists` None: it says the same, `otherwise`, of whomever it is asked."""
 
@@ -228,7 +235,7 @@ class Screen:
         self._hours = hours
         self._quiet = None if hours is None else QuietHours(hours.start_time, hours.end_time, now_s)
         self._allowed: dict[str, frozenset[str]] = {}
-        self._made: dict[tuple[int | None, str | None], Verdict] = {}
+        self._made: dict[tuple[int | None, _Exemption | None], Verdict] = {}
 
     def verdict(self, subject: Subject, account: Account, trace: Trace = None) -> Verdict:
         """Return the verdict on a request. `trace`, if given, collects every rule asked, in order. About 1 µs."""
@@ -303,7 +310,7 @@ class Screen:
                         codes = GATEWAY_CODES if reason == "on_registry" else None
                         return _refuse(reason, f"registry {rule.name}", rule.clause, trace, codes=codes)
                     if trace is not None:
-                        said = outcome if reason is None else f"{EXEMPT}{exemption}"
+                        said = outcome if reason is None or exemption is None else f"{EXEMPT}{exemption.kind}"
                         trace.append(Asked(f"registry {rule.name}", rule.clause, said))
         hours, quiet = self._hours, self._quiet
         if hours is None or quiet is None or (country not in hours.countries and regions.isdisjoint(hours.countries)):
@@ -319,7 +326,7 @@ class Screen:
             defer_until_s = quiet.ends_s(zones)
             return _refuse("quiet_hours", "quiet_hours", hours.clause, trace, defer_until_s=defer_until_s)
         if trace is not None:
-            trace.append(Asked("quiet_hours", hours.clause, f"{EXEMPT}{exemption}"))
+            trace.append(Asked("quiet_hours", hours.clause, f"{EXEMPT}{exemption.kind}"))
         return self._until(None, exemption)
 
     def _zones(self, subject: Subject, memo: Memo) -> tuple[str, ...]:
@@ -330,28 +337,34 @@ class Screen:
             memo.zones = zones_for(subject.party.value)
         return memo.zones
 
-    def _until(self, quiet_s: int | None, exemption: str | None) -> Verdict:
-        """Return that marketing is cleared, never past the start of quiet hours; one verdict for equal ones."""
+    def _until(self, quiet_s: int | None, exemption: _Exemption | None) -> Verdict:
+        """Return that marketing is cleared: never past the start of quiet hours, nor past the end of what lifts a rule.
+
+        One verdict for equal ones.
+        """
         made = self._made.get((quiet_s, exemption))
         if made is None:
             until_s = self._marketing_until_s if quiet_s is None else min(self._marketing_until_s, quiet_s)
-            made = self._made[quiet_s, exemption] = Verdict(None, not_after_s=until_s, exemption=exemption)
+            kind = None
+            if exemption is not None:
+                kind, until_s = exemption.kind, min(until_s, exemption.ends_s - 1)
+            made = self._made[quiet_s, exemption] = Verdict(None, not_after_s=until_s, exemption=kind)
         return made
 
-    def _exemption(self, subject: Subject) -> str | None:
-        """Return the kind of exemption in force for an account and person on a channel, or None."""
+    def _exemption(self, subject: Subject) -> _Exemption | None:
+        """Return the exemption in force for an account and person on a channel, or None."""
         if subject.token is None:
             return None
         entries = self._exemptions.get(subject.token)
         if entries is None:
             return None
         scope = f"account:{subject.account_id}"
-        kinds = {
-            rule.class_
+        ends_s = {
+            rule.class_: state.event_s
             for rule, state in entries.items()
             if state.out and self._now_s < state.event_s and rule.channel == subject.channel and rule.scope == scope
         }
-        return next((kind for kind in EXEMPTION_KINDS if kind in kinds), None)
+        return next((_Exemption(kind, max(ends_s.values())) for kind in EXEMPTION_KINDS if kind in ends_s), None)
 
     def _allows(self, account: Account, subject: Subject, regions: frozenset[str]) -> bool:
         """Return whether the destination is in an account's allow list, by its record and by its digits (CAL-11).

@@ -75,7 +75,7 @@ def _list(args: argparse.Namespace, screening: "Screening") -> None:
             for answer in screening.answers(file, advance):
                 print_json(answer)
             return
-        with new_file(args.out or STDIN) as out:
+        with new_file(STDIN if args.out is None else args.out) as out:
             out.flush()
             for chunk in screening.csv(file, advance):
                 out.buffer.write(chunk)

@@ -8,6 +8,7 @@ Rules of this file:
   envelope names that one's offset as `corrects`, its one part is of the group `correction`. It is opened with it.
 """
 
+import asyncio
 import binascii
 import re
 import time
@@ -22,7 +23,7 @@ from processors.exemption import WITHDRAWN
 from processors.pipeline import render_verdict
 from processors.plan import Planner
 from processors.retention import instant
-from processors.screen.suppression import Tokens, covering_scopes
+from processors.screen.suppression import Tokens, View, covering_scopes
 from processors.screen.verdict import Subject, Verdict, blocked_by, suppressed
 from schemas.catalog import CATALOG
 from schemas.errors import InputInvalid, RevealDenied, TokensChange
@@ -119,6 +120,7 @@ class Revealer:
         self._tokens = Tokens(*store.token_keys().current)
         self._tail = suppressions or EntryTail(log, SUPPRESSIONS, self._tokens.version)
         self._tail.follow(self._tokens.version)
+        self._turn = asyncio.Lock()
 
     async def reveal(self, messages: Sequence[Stored], reason: str) -> list[Revealed]:
         """Return each message opened, or why not, in order; one audit entry per stream, written first.
@@ -151,15 +153,16 @@ class Revealer:
         """Return each message opened, or why not, and by partition the second verdicts of what must not be sent."""
         if not is_reason(reason):
             raise InputInvalid(NO_REASON)
-        now_s = int(self._clock())
+        seen = None
         for stream in dict.fromkeys(message.stream for message in messages):
             self.permit(stream)
             if stream == CLEARED:
-                await self._see_opt_outs()
+                seen = await self._see_opt_outs()
         if all(_domain_of(message.stream) is None for message in messages):
             return [Revealed(State.REVEALED, {})] * len(messages), {}
         asked = self._unless_restricted(await self._with_corrections(self._taken(messages)))
         await self._audit(asked, reason, action)
+        now_s = int(self._clock())  # after all that may have taken time
         parts = [part for one in asked for each in (one, *one.corrections) for part in each.parts]
         epochs = self._store.open_epochs(_key_ids(parts), now_s)
         persons = self._store.open_persons(_sids(parts), now_s)
@@ -171,8 +174,8 @@ class Revealer:
             result = _open(one, epochs, persons, now_at)
             if message.stream == CLEARED and sealed is not None:
                 why = _RESTRICTED if one.denied == _RESTRICTED.reason else None
-                if result.state is _REVEALED:
-                    why = self._forbidden(sealed, result.fields, now_s)
+                if result.state is _REVEALED and seen is not None:
+                    why = self._forbidden(sealed, result.fields, now_s, *seen)
                 if why is not None:
                     result = Revealed(State.DENIED, {}, (), why.reason)
                     refusals.setdefault(message.partition, []).append(self._second_verdict(sealed, why, now_s))
@@ -191,20 +194,22 @@ class Revealer:
                 "this principal may not open this stream; ask for a grant in the roles file", stream=stream
             )
 
-    async def _see_opt_outs(self) -> None:
-        """Read the suppressions to their end, under the token key that they are under. Raises TokensChange, LogBusy.
+    async def _see_opt_outs(self) -> tuple[Tokens, View]:
+        """Read the suppressions to their end; return them and the tokens they are under. Raises TokensChange, LogBusy.
 
-        The token key is asked for after reading: what was read then is under the key that is current, or is also.
+        The token key is asked for after reading: what was read then is under the key that is current, or is also. One
+        call at a time reads; what it returns stays whole while another begins anew.
         """
-        while True:
-            await self._tail.catch_up()
-            keys = self._store.token_keys()
-            if keys.changing:
-                raise TokensChange
-            if keys.current.version == self._tokens.version:
-                return
-            self._tokens = Tokens(*keys.current)
-            self._tail.follow(self._tokens.version)
+        async with self._turn:
+            while True:
+                await self._tail.catch_up()
+                keys = self._store.token_keys()
+                if keys.changing:
+                    raise TokensChange
+                if keys.current.version == self._tokens.version:
+                    return self._tokens, self._tail.view
+                self._tokens = Tokens(*keys.current)
+                self._tail.follow(self._tokens.version)
 
     def _taken(self, messages: Sequence[Stored]) -> list[_Asked]:
         """Return the messages taken apart, each with why the grants of this principal do not open it, if so."""
@@ -265,7 +270,9 @@ class Revealer:
             for grant in self._principal.grants
         )
 
-    def _forbidden(self, sealed: Sealed, fields: Mapping[str, Any], now_s: int) -> Verdict | None:
+    def _forbidden(
+        self, sealed: Sealed, fields: Mapping[str, Any], now_s: int, tokens: Tokens, opt_outs: View
+    ) -> Verdict | None:
         """Return the refusal of an opened request that must not be sent any more, if so."""
         if instant(now_s) > sealed.fields["not_after"]:
             return Verdict("too_late", "REG-3")
@@ -277,14 +284,14 @@ class Revealer:
         party = normalise(fields["recipient"], region)
         if not party.is_person or party.value in plan.account.own:
             return None
-        token = self._tokens.of(party.value)
-        if self._tail.view.get(token) is None:
+        token = tokens.of(party.value)
+        if opt_outs.get(token) is None:
             return None
         sender = normalise(fields["sender"], region).value
-        scopes = covering_scopes(account_id, sender, fields.get("campaign_id"), self._tokens)
+        scopes = covering_scopes(account_id, sender, fields.get("campaign_id"), tokens)
         channel, purpose = sealed.fields["channel"], sealed.fields["purpose"]
         subject = Subject(account_id, party, token, channel, purpose, None, False, None, scopes)
-        return suppressed(subject, self._tail.view, blocked_by(self._planner.policy), now_s)
+        return suppressed(subject, opt_outs, blocked_by(self._planner.policy), now_s)
 
     def _second_verdict(self, sealed: Sealed, why: Verdict, now_s: int) -> Message:
         envelope = sealed.fields

@@ -12,8 +12,6 @@ import time
 import unicodedata
 from typing import Final, NamedTuple
 
-import phonenumbers
-
 from processors.screen.suppression import Tokens
 from schemas.errors import InputInvalid
 from schemas.fields import PLATFORM, Kind, is_account, normalise
@@ -23,10 +21,10 @@ from streams.keys.ledger import MarkKind
 from streams.keys.roles import Principal, only_officer
 from streams.keys.store import Known
 from streams.officer.scan import of_account, scan
+from streams.rows import MIN_DIGITS, national
 
 SCHEDULE: Final = "offboard/"
 """How the names begin under which the ledger keeps when accounts leave."""
-MIN_DIGITS: Final = 7
 _MARKS: Final[tuple[MarkKind, ...]] = ("hold", "restriction")
 _SEPARATORS = re.compile(r"[\s().\-/\u2010-\u2015]+")
 _DIGITS = re.compile(rf"[0-9]{{{MIN_DIGITS},}}")
@@ -88,7 +86,7 @@ class Finder:
     def __init__(self, value: str) -> None:
         self._needle = value.lower()
         if value.startswith("+"):
-            self._needle = _national(value) or value[1:]
+            self._needle = national(value) or value[1:]
 
     def __repr__(self) -> str:
         return "Finder()"
@@ -106,15 +104,6 @@ def may_hold_a_number(text: str) -> bool:
 
 def _plain(text: str) -> str:
     return unicodedata.normalize("NFKC", text.replace("\0", "")).lower()
-
-
-def _national(number: str) -> str | None:
-    """Return the digits of an E.164 number without its country code; None: of no known country, or too few."""
-    try:
-        digits = phonenumbers.national_significant_number(phonenumbers.parse(number))
-    except phonenumbers.NumberParseException:
-        return None
-    return digits if len(digits) >= MIN_DIGITS else None
 
 
 def check_name(account: str) -> None:

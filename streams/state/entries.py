@@ -46,10 +46,11 @@ class Kept(NamedTuple):
     stream: str
     instant: str  # RFC 3339
     fold: Fold
+    ends: bool = False  # whether an entry says nothing any more once its instant has come
 
 
 SUPPRESSIONS: Final = Kept("suppressions", "event_at", fold)
-EXEMPTIONS: Final = Kept("exemptions", "expires_at", latest)
+EXEMPTIONS: Final = Kept("exemptions", "expires_at", latest, ends=True)
 KEPT: Final = {kept.stream: kept for kept in (SUPPRESSIONS, EXEMPTIONS)}
 
 

@@ -1,6 +1,7 @@
 """Makes the snapshot of a stream's entries from the one before and the log, in bounded memory."""
 
 import os
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Final
@@ -42,7 +43,10 @@ async def gather(
                 stream=stream, version=version, store=snapshots.store_id, log=log.log_id,
                 offsets=tuple(at), witnesses=tuple(seen),
             )  # fmt: skip
-            snapshots.write(stream, version, lambda write: merge(old, records, meta, kept.fold, write, pause))
+            after_s = int(time.time()) if kept.ends else None
+            snapshots.write(
+                stream, version, lambda write: merge(old, records, meta, kept.fold, write, pause, after_s=after_s)
+            )
             records = Records(version)
 
         for partition, end in enumerate(ends):

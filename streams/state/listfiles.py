@@ -79,7 +79,7 @@ def _dates(path: Path) -> Iterator[int]:
 def _errors(name: str) -> Iterator[None]:
     try:
         yield
-    except (zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error, NotImplementedError):
+    except (zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error, NotImplementedError, ValueError, OverflowError):
         raise RegistryInvalid("the archive is damaged", file=name) from None
     except OSError as error:
         raise InputInvalid(f"cannot be read: {error.strerror}", file=name) from None
@@ -137,4 +137,4 @@ def _inflated(name: str, inner: IO[bytes] | gzip.GzipFile, compressed_bytes: int
 
 
 def _members(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
-    return [member for member in archive.infolist() if not member.is_dir()]
+    return [member for member in archive.infolist() if not member.filename.endswith("/")]

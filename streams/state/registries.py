@@ -35,7 +35,7 @@ class Registries:
     """Every registry that is loaded, read-only: a `RegistryView`. Opening it reads each file once, to verify it."""
 
     def __init__(self, folder: Path) -> None:
-        """Open what is in the folder, which need not exist. Raises RegistryInvalid if a file is damaged."""
+        """Open what is in the folder, which need not exist. Raises RegistryInvalid if it or a file cannot be read."""
         self._folder = folder
         self._serving: dict[str, RegistryFile] = {}
         self._versions: dict[str, _Version] = {}
@@ -43,7 +43,11 @@ class Registries:
         self._opening: _Opening | None = None
         self._retired: list[tuple[float, RegistryFile]] = []
         self._checked_s: float | None = None
-        for name, path in _files(folder):
+        try:
+            files = _files(folder)
+        except OSError as error:  # it is not known what is loaded: all might be
+            raise RegistryInvalid(f"cannot be read: {error.strerror}", file=str(folder)) from None
+        for name, path in files:
             try:
                 self._versions[name], self._serving[name] = _map(path, name)
             except FileNotFoundError:
@@ -68,11 +72,15 @@ class Registries:
         """Swap in what was loaded since, and drop what is gone; looks at the folder at most once a second.
 
         Never blocks and raises nothing. A new version serves from the first refresh after a thread has verified it.
+        While the folder cannot be read, what serves goes on.
         """
         if self._checked_s is not None and 0 <= monotonic_s - self._checked_s < REFRESH_S:
             return
         self._checked_s = monotonic_s
-        found = _versions(self._folder)
+        try:
+            found = _versions(self._folder)
+        except OSError:
+            return
         serving = {name: registry for name, registry in self._serving.items() if name in found}
         if self._opening is not None and self._opening.done.is_set():
             for name, (version, registry) in self._opening.opened.items():
@@ -121,7 +129,7 @@ class _Opening:
         try:
             for name in self._names:
                 path = self._folder / f"{name}{SUFFIX}"
-                with suppress(FileNotFoundError):
+                with suppress(OSError):  # removed this moment, or looked at again
                     version = _version(path.stat())
                     try:
                         self.opened[name] = _map(path, name)
@@ -132,13 +140,19 @@ class _Opening:
 
 
 def _files(folder: Path) -> list[tuple[str, Path]]:
-    return [(path.name.removesuffix(SUFFIX), path) for path in sorted(folder.glob(f"[!.]*{SUFFIX}"))]
+    """Return names and files; none if there is no folder. Raises OSError, which `Path.glob` would pass over."""
+    try:
+        found = sorted(folder.iterdir())
+    except FileNotFoundError:
+        return []
+    here = [path for path in found if path.name.endswith(SUFFIX) and not path.name.startswith(".")]
+    return [(path.name.removesuffix(SUFFIX), path) for path in here]
 
 
 def _versions(folder: Path) -> dict[str, _Version]:
     found = {}
     for name, path in _files(folder):
-        with suppress(OSError):  # removed this moment: not loaded
+        with suppress(FileNotFoundError):  # removed this moment: not loaded
             found[name] = _version(path.stat())
     return found
 

@@ -107,6 +107,9 @@ class Snapshots:
 
     def discard_before(self, stream: str, version: int) -> None:
         """Delete the snapshots of older token keys, and what somebody left who was killed while making one."""
+        for (of, older), child in self._children.items():
+            if of == stream and older < version and child.poll() is None:
+                child.terminate()  # or it would come afterwards
         for path in self.folder.glob(f"*{stream}-*{SUFFIX}*"):
             named = _NAME.fullmatch(path.name)
             if named is not None and named[1] == stream and int(named[2]) < version:

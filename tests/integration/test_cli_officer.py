@@ -98,7 +98,7 @@ def test_who_is_opted_out_is_refused_with_the_codes_that_gateways_know(call):
     # Then
     answer = screen(call, PERSON)
     assert (answer["verdict"], answer["reason"], answer["codes"]) == ("refused", "opted_out", CODES)
-    assert answer["rules"][-1] == {"rule": "opted_out", "clause": "KAL-5", "outcome": "refuse"}
+    assert answer["rules"][-1] == {"rule": "suppression", "clause": "KAL-5", "outcome": "refuse"}
     assert screen(call, PERSON, channel="voice", purpose="otp")["verdict"] == "refused"
     assert screen(call, PERSON, account="other")["verdict"] == "cleared"
     assert screen(call, OTHER)["verdict"] == "cleared"

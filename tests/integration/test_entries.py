@@ -8,6 +8,7 @@ import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,7 +17,7 @@ from schemas.catalog import partition_for
 from schemas.errors import Gathering, LogBusy, LogFull, LogUnusable
 from schemas.outbound import Message, Output
 from streams.log.sqlite import SqliteLog
-from streams.state import entries, snapshots
+from streams.state import entries, gathering, snapshots
 from streams.state.entries import EXEMPTIONS, SUPPRESSIONS, EntryTail
 from streams.state.gathering import gather
 from streams.state.snapshots import Snapshots, fits
@@ -108,14 +109,28 @@ def test_a_tail_over_a_snapshot_reads_only_what_came_after_it(log, kept):
     assert len(tail.view) == 2
 
 
-def test_exemptions_are_kept_by_the_instant_at_which_they_end(log, kept):
+def test_exemptions_are_kept_by_the_instant_at_which_they_end_and_until_then(log, kept, monkeypatch):
     rule = Rule("account:acme", "consent", "sms", "account")
     write(log, (1, rule, True, 900), (1, rule, True, 300), (2, rule, True, 9), (2, rule, False, 9), stream="exemptions")
+    write(log, (3, rule, True, 100), (4, rule, True, 101), stream="exemptions")
     assert tail_of(log, None, EXEMPTIONS).view.get(token(1)) == {rule: State(True, 300)}
-    make(log, kept, EXEMPTIONS)
-    view = tail_of(log, kept, EXEMPTIONS).view
-    assert view.get(token(1)) == {rule: State(True, 300)}
-    assert view.get(token(2)) is None
+
+    def made_at(now_s):
+        with monkeypatch.context() as patch:
+            patch.setattr(gathering, "time", SimpleNamespace(time=lambda: now_s))
+            make(log, kept, EXEMPTIONS)
+        view = tail_of(log, kept, EXEMPTIONS).view
+        return {number: found for number in range(1, 6) if (found := view.get(token(number))) is not None}
+
+    # What has ended at the very second is not kept
+    assert made_at(100) == {1: {rule: State(True, 300)}, 4: {rule: State(True, 101)}}
+    # When one is added much later / Then what has ended since goes, whoever it was of
+    write(log, (5, rule, True, 400), stream="exemptions")
+    assert made_at(299) == {1: {rule: State(True, 300)}, 5: {rule: State(True, 400)}}
+    # An opt-out never ends
+    write(log, *out(1))
+    make(log, kept)
+    assert tail_of(log, kept).view.get(token(1)) == {SMS: State(True, 5)}
 
 
 def test_a_newer_snapshot_is_taken_over_and_nobody_changes_by_that(log, kept):
@@ -552,6 +567,13 @@ def test_a_child_is_started_once_and_not_again_at_once(folder, monkeypatch):
     monkeypatch.setattr(snapshots, "AGAIN_S", 0.0)
     made.gather("suppressions", 1)
     assert len(started) == 2
+    # Nor does it work on for a token key that is left
+    Child.status = None
+    made.gather("exemptions", 1)
+    made.discard_before("suppressions", 1)
+    assert [child.status for child in made._children.values()] == [None, None]
+    made.discard_before("suppressions", 2)
+    assert [child.status for child in made._children.values()] == [-15, None]
     made.close()
 
 
@@ -629,6 +651,27 @@ def test_a_worker_has_a_snapshot_made_by_a_child_and_clears_nothing_before_it_is
     assert done.status == 0
     assert "being gathered" in done.err
     assert found.exists()
+
+
+SLOW = """
+from streams.state import entries
+from streams.worker import worker
+entries.PAGE, worker.READ_S = 1, 0.0
+"""
+
+
+def test_a_worker_that_has_much_to_read_polls_in_between_and_clears_nothing_before_it_is_through(place):
+    numbers = [f"+4915112345{number:03}" for number in range(3)]
+    for number in numbers:
+        assert place.call("optout", "add", number).status == 0
+    place.publish(*(
+        sms_request(record_id=f"r-{at}", recipient=number, purpose="marketing", occurred_at=ago())
+        for at, number in enumerate(numbers)
+    ))  # fmt: skip
+    done = place.run("run", "--until-idle", sabotage=SLOW)
+    assert done.status == 0, done.err
+    assert "waiting: the stream is being read; nothing is cleared before that" in done.err
+    assert place.verdicts() == {f"r-{at}": ("refused", "opted_out") for at in range(3)}
 
 
 BLIND = """

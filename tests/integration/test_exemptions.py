@@ -196,6 +196,7 @@ def test_what_ends_sooner_never_takes_the_place_of_what_lasts_longer(place):
         ({"evidence": "the form of Ann"}, (), "evidence"),
         ({"evidence": LISTED[1:]}, (), "evidence"),
         ({"evidence": f"X{LISTED[1:]}"}, (), "evidence"),
+        ({"evidence": f"CALL-{LISTED[2:5]}-{LISTED[5:]}"}, (), "evidence"),
         ({"given": "tomorrow"}, (), "given"),
         ({"given": "0001-01-01T00:00:00+23:59"}, (), "given"),  # of the year 0, in UTC
         ({"given": (NOW + timedelta(2)).date().isoformat()}, (), "to come"),

@@ -320,6 +320,21 @@ def test_a_damaged_or_old_file_ends_the_start_and_says_what_to_do(folder, conten
     assert refused.value.where == {"file": str(folder / "us-dnc.bitmap")}
 
 
+def test_a_folder_that_cannot_be_read_is_not_one_without_registries(folder, file, tmp_path):
+    # Given a registry that serves
+    load(folder, "us-dnc", [file], TERMS)
+    found = Registries(folder)
+    # When its folder cannot be read any more
+    folder.rename(tmp_path / "aside")
+    folder.write_text("no folder")
+    found.refresh(1.0)
+    # Then it goes on serving, and no process starts as if nothing were loaded
+    assert found.names() == ["us-dnc"]
+    with pytest.raises(RegistryInvalid) as refused:
+        Registries(folder)
+    assert refused.value.where["file"] == str(folder)
+
+
 def test_a_file_under_another_name_is_refused(folder, file):
     load(folder, "us-dnc", [file], TERMS)
     (folder / "us-dnc.bitmap").rename(folder / "fr-bloctel.bitmap")
@@ -536,6 +551,22 @@ def overlapping(path):
     path.write_bytes(content)
 
 
+def nameless(path):
+    content = bytearray(zipped(path, a=text(LISTED)).read_bytes())
+    at = content.index(b"PK\x01\x02")
+    content[at + 28] = 0  # length of the name
+    del content[at + 46]
+    content[content.index(b"PK\x05\x06") + 12] -= 1  # size of the directory
+    path.write_bytes(content)
+
+
+def misnamed(path):
+    content = bytearray(zipped(path, a=text(LISTED)).read_bytes())
+    content[7] |= 8  # the name is UTF-8, says the file
+    content[30] = 0xED
+    path.write_bytes(content)
+
+
 def other_method(path):
     with zipfile.ZipFile(path, "w", zipfile.ZIP_BZIP2) as archive:
         archive.writestr("a", text(LISTED))
@@ -551,6 +582,8 @@ ARCHIVES = {
     "empty": (zipped, "no file"),
     "overlapping": (overlapping, "overlap"),
     "another method": (other_method, "not known"),
+    "nameless": (nameless, "damaged"),
+    "misnamed": (misnamed, "damaged"),
     "cut zip": (lambda path: path.write_bytes(zipped(path, a=text(*many(100))).read_bytes()[:-30]), "damaged"),
     "cut gz": (lambda path: path.write_bytes(gzip.compress(text(*many(100)))[:-12]), "damaged"),
     "flipped gz": (lambda path: path.write_bytes(gzip.compress(text(*many(100)))[:-6] + b"\0" * 6), "damaged"),

@@ -830,6 +830,65 @@ def test_an_opt_out_under_a_token_key_that_is_new_since_the_last_batch_is_seen(f
     assert (result.state, result.reason) == (State.DENIED, "opted_out")
 
 
+def test_what_became_too_late_while_its_opening_was_noted_is_not_sent(place):
+    place.publish(sms_request(record_id="q1", purpose="otp", occurred_at=ago()))
+    place.work()
+    until_s = instant_s(place.values("cleared")[0]["not_after"])
+
+    async def inside(deployment):
+        clock = [until_s]
+        gateway = revealer(deployment, clock=lambda: clock[0])
+        note = gateway._auditor.write
+
+        async def slowly(*what, **told):
+            await note(*what, **told)
+            clock[0] += 1
+
+        gateway._auditor.write = slowly
+        return await gateway.open_batch(await everything(deployment.log, "cleared"))
+
+    (result,) = place.within(inside)
+    assert (result.state, result.reason) == (State.DENIED, "too_late")
+
+
+def test_of_two_calls_at_once_one_reads_the_opt_outs_after_the_other(full, monkeypatch):
+    read, reading, most = SqliteLog.end_offsets, [], []
+
+    async def slowly(self, stream):
+        if stream == "suppressions":
+            reading.append(stream)
+            most.append(len(reading))
+            await asyncio.sleep(0.01)
+            reading.pop()
+        return await read(self, stream)
+
+    async def inside(deployment):
+        messages, gateway = await everything(deployment.log, "cleared"), revealer(deployment)
+        monkeypatch.setattr(SqliteLog, "end_offsets", slowly)
+        return await asyncio.gather(*(gateway.open_batch(messages) for _ in range(2)))
+
+    assert [states(one) for one in full.within(inside)] == [["revealed"]] * 2
+    assert set(most) == {1}
+
+
+def test_a_call_under_way_keeps_the_opt_outs_it_has_read_while_another_turns_to_a_new_token_key(full):
+    assert full.call("optout", "add", PERSON).status == 0
+
+    async def inside(deployment):
+        messages, gateway = await everything(deployment.log, "cleared"), revealer(deployment)
+        note = gateway._auditor.write
+
+        async def turned(*what, **told):
+            await note(*what, **told)
+            gateway._tail.follow(2)
+
+        gateway._auditor.write = turned
+        return await gateway.open_batch(messages)
+
+    (result,) = full.within(inside)
+    assert (result.state, result.reason) == (State.DENIED, "opted_out")
+
+
 def test_what_was_opened_shows_nothing_of_itself(full):
     results = opened(full, "cdr.pii")
     assert {repr(one) for one in results} == {"Revealed(revealed)"}

@@ -106,6 +106,12 @@ def test_a_broken_row_is_refused_whole_and_the_rest_goes_on(place):
     assert all(None not in row and None not in row.values() for row in found)
 
 
+def test_an_out_that_names_no_file_does_not_put_the_list_on_standard_output(place):
+    done = screened(place, f"number\n{PERSON}\n", "--out", "", status=1)
+    assert done.out == ""
+    assert "FILE cannot be written" in done.err
+
+
 def test_what_is_no_utf8_goes_out_as_it_came_in(place):
     given = b"name,number\nM\xfcller,%b\nM\xfcller,+49\xff151\n" % GERMAN.encode()
     (place.folder / "list.csv").write_bytes(given)

@@ -91,7 +91,8 @@ def test_what_the_library_calls_premium_is_never_a_destination_in_any_region():
         ("1911", "US"), ("+44 999", None), ("44999", "GB"), ("0044999", None), ("00 44 999", None),
         ("+49 (0) 112", None), ("+49112", "DE"), ("tel:911", None), ("tel:112;phone-context=+49", None),
         ("sip:911@example.org", None), ("sip:+1911@example.org", None), ("sip:999@x;user=phone", "GB"),
-        ("tel:+1-911", None), ("+61 000", None),
+        ("tel:+1-911", None), ("+61 000", None), ("911#", None), ("*911", None), ("911,1", None), ("911x5", None),
+        ("911 ext. 7", None), ("911;ext=1", "US"), ("“112”", None), ("(+1) 911,,2", None), ("999/Front desk", "GB"),
     ],
 )  # fmt: skip
 def test_emergency_numbers_are_never_a_destination_in_any_spelling(text, country):
@@ -118,6 +119,7 @@ def test_the_emergency_numbers_of_every_region_are_never_a_destination_there():
     [
         ("24273", "US"), ("12345", None), ("91100", "US"), ("60333", "GB"), ("44999", "US"), ("1911", None),
         ("ACME", None), ("", None), ("ann@example.org", None), ("911@example.org", None), ("sip:ann911@x.org", None),
+        ("911ACME", None), ("ACME 911", None), ("911xbox", None), ("12345#", None),
         ("+14155550123", None), ("a" * 300, None), ("+9990", None),
     ],
 )  # fmt: skip

@@ -593,6 +593,18 @@ def test_of_several_exemptions_consent_is_named_first():
     assert found["exemption"] == "consent"
 
 
+@pytest.mark.parametrize(("lists", "policy", "refused"), AGAINST)
+def test_what_an_exemption_lets_through_may_be_sent_only_while_one_is_in_force(lists, policy, refused):
+    # Given two in force, the longer of which ends before marketing would have to be sent
+    view = exempt("purchase", until_s=NOW_S + 100)
+    view.apply(TOKENS.of(US), Rule("account:acme", "consent", "sms", "account"), out=True, event_s=NOW_S + 50)
+    settings = {"policy": policy, "registries": lists, "exemptions": view}
+    found = decided(marketing(recipient=US), **settings)
+    assert (found["exemption"], instant(found["not_after"])) == ("consent", NOW_S + 99), refused
+    # What needs none may be sent for as long as ever
+    assert instant(decided(sms_request(recipient=US), **settings)["not_after"]) == NOW_S + 3600
+
+
 # --- the one confirmation of an opt-out ---------------------------------------------------------------------
 
 
