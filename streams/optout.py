@@ -8,13 +8,11 @@ Rules of this file:
 - An error names the column that is wrong, never what stood in it.
 """
 
-import csv
 import os
 import re
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from datetime import UTC, datetime
-from itertools import islice
 from typing import Final, NamedTuple, get_args
 
 import orjson
@@ -45,7 +43,7 @@ from streams.keys.cache import KeyCache
 from streams.keys.reveal import State
 from streams.keys.roles import OFFICER, only_officer
 from streams.log.protocol import Stored
-from streams.rows import spells_out
+from streams.rows import LINE, NOT_A_LINE, Line, Loaded, RowInvalid, pages, spells_out
 from streams.state.entries import MANY, SUPPRESSIONS
 
 STREAM: Final = SUPPRESSIONS.stream
@@ -59,7 +57,7 @@ _PAGE: Final = 1000
 _TOKEN = re.compile(r"(token:[0-9a-f]+\.[0-9]+:)([0-9a-f]{32})")
 _INSTANT = re.compile(r"\d{4}-\d\d-\d\d([Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d))?")
 _WRONG: Final = {
-    "line": "the line is not one of CSV with as many cells as the header",
+    LINE: NOT_A_LINE,
     "number": "the number is nobody's: give an E.164 number, such as one that begins with + and a country code",
     "account": "the account is not one that the policy serves, or is missing beside a sender or campaign",
     "sender": "give either a sender or a campaign; a sender by its token only where it was exported",
@@ -73,13 +71,12 @@ _WRONG: Final = {
 }
 
 
-class EntryInvalid(InputInvalid):
+class EntryInvalid(RowInvalid):
     """An entry is not valid; `column` says where."""
 
     def __init__(self, column: str) -> None:
         """Take the column (a key of `_WRONG`)."""
-        self.column = column
-        super().__init__(_WRONG[column])
+        super().__init__(column, _WRONG[column])
 
 
 class Entry(NamedTuple):
@@ -107,14 +104,6 @@ class Standing(NamedTuple):
     channel: str
     authority: str
     since: str
-
-
-class Loaded(NamedTuple):
-    """What came of a file: lines read, opt-outs written, lines not understood."""
-
-    lines: int
-    written: int
-    bad: int
 
 
 class OptOuts:
@@ -314,26 +303,20 @@ class OptOuts:
         block if this is not the privacy officer: lines before it may have been written, and loading it all again does
         no harm.
         """
-        source = iter(lines)
-        columns = _columns(next(source, b""))
-        number, written, wrong, read_bytes = 1, 0, 0, 0
-        while chunk := list(islice(source, CHUNK_LINES)):
+        read = written = wrong = 0
+        for page in pages(lines, COLUMNS, COLUMNS[:1], CHUNK_LINES, advance):
             changes: list[Change] = []
-            for line in chunk:
-                number += 1
-                read_bytes += len(line)
+            for line in page:
+                read += 1
                 try:
-                    entry = _entry(columns, line)
-                    changes += () if entry is None else self.changes(entry, now_s)
+                    changes += self.changes(_entry(line), now_s)
                 except EntryInvalid as error:
                     wrong += 1
-                    bad(number, error.column)
+                    bad(line.number, error.column)
             written += await self._apply(changes, now_s)
             if len(self._tail.view) > MANY:  # what is in a snapshot leaves memory
                 await self._tail.catch_up()
-            advance(read_bytes)
-            read_bytes = 0
-        return Loaded(number - 1, written, wrong)
+        return Loaded(read, written, wrong)
 
     async def rows(self, reason: str) -> AsyncIterator[list[list[str]]]:
         """Yield all opt-outs that stand as CSV rows of `COLUMNS`, page by page, opened and logged to `audit`.
@@ -450,35 +433,14 @@ async def write(
     check()
 
 
-def _columns(header: bytes) -> list[str]:
-    try:
-        columns = [cell.strip().lower() for cell in _cells(header.removeprefix(b"\xef\xbb\xbf"))]
-    except EntryInvalid:
-        columns = []
-    if "number" not in columns or not set(columns) <= set(COLUMNS) or len(set(columns)) < len(columns):
-        raise InputInvalid(f"the first line must name the columns: number, and any of {', '.join(COLUMNS[1:])}")
-    return columns
-
-
-def _entry(columns: Sequence[str], line: bytes) -> Entry | None:
-    """Return the entry of a line; None for a blank one. Raises EntryInvalid."""
-    if not line.strip():
-        return None
-    cells = _cells(line)
-    if len(cells) != len(columns):
-        raise EntryInvalid("line")
-    given = {column: cell.strip() for column, cell in zip(columns, cells, strict=True) if cell.strip()}
+def _entry(line: Line) -> Entry:
+    """Return the entry of a line. Raises EntryInvalid."""
+    if line.given is None:
+        raise EntryInvalid(LINE)
+    given = dict(line.given)
     if "class" in given:
         given["class_"] = given.pop("class")
     return Entry(given.pop("number", ""), **given)
-
-
-def _cells(line: bytes) -> list[str]:
-    """Return the cells of one line. No cell spans lines, so that a stray quote cannot swallow the rest of a file."""
-    try:
-        return next(csv.reader((line.decode().rstrip("\r\n"),), strict=True), [])
-    except (UnicodeDecodeError, csv.Error):
-        raise EntryInvalid("line") from None
 
 
 def _shown(scope: str) -> str:
