@@ -162,10 +162,8 @@ def test_a_now_that_is_past_or_too_far_ahead_destroys_nothing(place):
 
 def test_nothing_is_due_before_its_instant(place):
     fill(place)
-    assert place.call("keys", "destroy-due", "--json").lines[0] == {
-        "now": place.call("keys", "destroy-due", "--json").lines[0]["now"], "dry": False, "epochs": 0, "persons": 0,
-        "days": [],
-    }  # fmt: skip
+    (due,) = place.call("keys", "destroy-due", "--json").lines
+    assert due == {"now": due["now"], "dry": False, "epochs": 0, "persons": 0, "days": []}
     assert len(place.opened("content")) == 3
 
 

@@ -138,13 +138,14 @@ def first(cluster, topic):
     """Return the first message that partition 0 of a topic still has, or None if it is empty."""
     consumer = Consumer(cluster.client() | {"group.id": "test", "enable.auto.commit": False})
     try:
-        place = TopicPartition(topic, 0)
-        begin, end = consumer.get_watermark_offsets(place, timeout=30)
-        if begin == end:
-            return None
-        place.offset = begin
-        consumer.assign([place])
-        message = consumer.poll(30)
+        place, message = TopicPartition(topic, 0), None
+        while message is None:  # it may be deleted between the two looks
+            begin, end = consumer.get_watermark_offsets(place, timeout=30)
+            if begin == end:
+                return None
+            place.offset = begin
+            consumer.assign([place])
+            message = consumer.poll(5)
         assert message.error() is None
         return message
     finally:
