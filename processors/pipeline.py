@@ -30,6 +30,7 @@ from processors.screen.suppression import (
     Change,
     Overlay,
     Rule,
+    Suppressions,
     Tokens,
     View,
     covering_scopes,
@@ -120,7 +121,7 @@ class Pipeline:
     # --- step one ---------------------------------------------------------------------------------------------
 
     def prepare(
-        self, inbox: Inbox, view: View, registries: RegistryView, now_s: int, exemptions: View = NOBODY
+        self, inbox: Inbox, view: Suppressions, registries: RegistryView, now_s: int, exemptions: View = NOBODY
     ) -> Prepared:
         """Decide what becomes of each record, and say which keys that needs. Never raises for what a record holds."""
         return _Preparation(self, inbox, view, registries, now_s, exemptions).run()
@@ -153,7 +154,13 @@ class _Preparation:
     """One run of `prepare`: the state that its records share."""
 
     def __init__(
-        self, pipeline: Pipeline, inbox: Inbox, view: View, registries: RegistryView, now_s: int, exemptions: View
+        self,
+        pipeline: Pipeline,
+        inbox: Inbox,
+        view: Suppressions,
+        registries: RegistryView,
+        now_s: int,
+        exemptions: View,
     ) -> None:
         self.pipeline = pipeline
         self.policy = pipeline.policy
@@ -164,6 +171,7 @@ class _Preparation:
         self.cleared: dict[Circle, Template] = {}
         self.terms: dict[tuple[object, ...], _Terms] = {}
         self.rendered: dict[_Clear, Message] = {}  # one anonymous record for equal ones
+        self.serial, self.changed = view.serial, view.changed
         self.prepared = Prepared(inbox, now_s, [], Needs({}, {}), Overlay(view), [], [], [], [], [], [])
         self.screen = Screen(self.policy, registries, self.prepared.overlay, exemptions, now_s, pipeline.bound)
         self.handlers: dict[type, Callable[..., Outcome]] = {
@@ -285,6 +293,15 @@ class _Preparation:
         party, memo = primary.party, primary.memo
         if memo is None and party.kind is _NUMBER:
             memo = primary.memo = Memo(party, record.country)
+        scopes: tuple[str, ...] = ()
+        # what is kept with the person costs nothing to look at; anything else is a read of memory that is far away
+        if token is not None and (
+            memo is None or memo.clean != self.serial or token in overlay.changed or token in self.changed
+        ):
+            if overlay.get(token):  # scopes that need hashing are built only for who has opted out of something
+                scopes = covering_scopes(account_id, other.party.value, record.campaign_id, self.tokens)
+            elif memo is not None:
+                memo.clean = self.serial
         subject = Subject(
             account_id,
             party,
@@ -294,10 +311,7 @@ class _Preparation:
             record.country,
             record.child is True,
             ts,
-            # scopes that need hashing are built only for a person who has opted out of something
-            covering_scopes(account_id, other.party.value, record.campaign_id, self.tokens)
-            if token is not None and overlay.get(token)
-            else (),
+            scopes,
             record.time_zone,
             memo,
         )

@@ -9,8 +9,9 @@ both and can never leave an opt-in that did not count in place of the opt-out it
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import count
 from struct import Struct
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from schemas.fields import is_code
 
@@ -159,10 +160,9 @@ class Beneath(Protocol):
 
 
 _Place = tuple[int, int]
-_MAX_LOOKED = 65_536
-_NOT_LOOKED: Final[Any] = object()
 _AHEAD: Final[_Place] = (0, 1 << 62)
 """The place of what was merged and not read back yet: behind every snapshot."""
+_serials: Final = count(1)
 _first_four: Final = Struct(">I").unpack_from
 
 
@@ -173,16 +173,17 @@ def _nobody(_token: bytes) -> None:
 class Suppressions:
     """The entries that one process knows: a snapshot, if there is one, and over it whoever has changed since.
 
-    Of somebody who has changed all entries are here, so that a look-up reads one of both. What the snapshot says of
-    whoever was looked up lately is kept as long as the snapshot. `fold` says how a record changes a state.
+    Of somebody who has changed all entries are in `changed`, so that a look-up reads one of both. `serial` names the
+    snapshot in this process: who had no entries under it has none, unless they have changed. `fold` says how a record
+    changes a state.
     """
 
-    __slots__ = ("_bits", "_changed", "_find", "_fold", "_looked", "_places", "_shift", "snapshot")
+    __slots__ = ("_bits", "_find", "_fold", "_places", "_shift", "changed", "serial", "snapshot")
 
     def __init__(self, fold: Fold = fold) -> None:
         self._fold = fold
-        self._changed: dict[bytes, dict[Rule, State]] = {}
-        self._looked: dict[bytes, Entries | None] = {}
+        self.serial = next(_serials)
+        self.changed: dict[bytes, dict[Rule, State]] = {}
         self._places: dict[bytes, _Place] = {}
         self.snapshot: Beneath | None = None
         self._bits: memoryview | bytes | None = None
@@ -191,42 +192,36 @@ class Suppressions:
 
     def __len__(self) -> int:
         """Return how many people have changed since the snapshot."""
-        return len(self._changed)
+        return len(self.changed)
 
     def get(self, token: bytes) -> Entries | None:
         """Return the entries of a person, or None; does not block, unless a page of the snapshot is not in memory."""
-        found = self._changed.get(token)
+        found = self.changed.get(token)
         if found is not None:
             return found
         bits = self._bits
         if bits is None:
             return None
-        known: Entries | None = self._looked.get(token, _NOT_LOOKED)
-        if known is _NOT_LOOKED:
-            place = _first_four(token)[0] >> self._shift
-            known = self._find(token) if bits[place >> 3] >> (place & 7) & 1 else None
-            if len(self._looked) >= _MAX_LOOKED:
-                self._looked.clear()
-            self._looked[token] = known
-        return known
+        place = _first_four(token)[0] >> self._shift
+        return self._find(token) if bits[place >> 3] >> (place & 7) & 1 else None
 
     def apply(self, token: bytes, rule: Rule, *, out: bool, event_s: int, place: _Place = (0, 0)) -> None:
         """Fold in one record of the stream, in log order; `place` is its partition and offset."""
-        mine = self._changed.get(token)
+        mine = self.changed.get(token)
         known = self.get(token) if mine is None else mine
         before = known.get(rule) if known else None
         after = self._fold(before, out=out, event_s=event_s)
         if mine is None:
             if after is None or after == before:
                 return
-            mine = self._changed[token] = dict(known or {})
+            mine = self.changed[token] = dict(known or {})
         self._places[token] = place
         if after is not None:
             mine[rule] = after
 
     def merge(self, overlay: Overlay) -> None:
         """Take over what a committed batch changed; reading the same records back changes nothing more."""
-        self._changed.update(overlay.changed)
+        self.changed.update(overlay.changed)
         self._places.update(dict.fromkeys(overlay.changed, _AHEAD))
 
     def adopt(self, snapshot: Beneath) -> None:
@@ -236,10 +231,10 @@ class Suppressions:
         """
         offsets = snapshot.offsets
         for token in [one for one, (partition, offset) in self._places.items() if offset < offsets[partition]]:
-            del self._places[token], self._changed[token]
+            del self._places[token], self.changed[token]
         self.snapshot, self._find = snapshot, snapshot.find
         self._bits, self._shift = snapshot.bits, snapshot.shift
-        self._looked.clear()
+        self.serial = next(_serials)
 
 
 def scope_id(scope: str, account: str, sender: str, campaign: str | None, tokens: Tokens) -> str:

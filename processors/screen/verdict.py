@@ -34,10 +34,11 @@ EXEMPTION_KINDS = ("consent", "purchase", "inquiry")
 class Memo:
     """What was found out about one person, and under what it holds; whoever knows a person keeps it for the next time.
 
-    `serial`, `country`: of which registries, and in a record of which country, `answers` are. It keeps no registry.
+    `serial`, `country`: of which registries, and in a record of which country, `answers` are. `clean`: under which
+    serial of the opt-outs (`Suppressions.serial`) there were none. It keeps no registry and no snapshot.
     """
 
-    __slots__ = ("against", "answers", "country", "place", "serial", "zones")
+    __slots__ = ("against", "answers", "clean", "country", "place", "serial", "zones")
 
     place: Place
     answers: "tuple[Answer, ...]"
@@ -48,6 +49,7 @@ class Memo:
         self.place = place_of(party, country)
         self.zones: tuple[str, ...] | None = None
         self.serial = 0
+        self.clean = 0
         self.country: str | None = None
 
     def __repr__(self) -> str:

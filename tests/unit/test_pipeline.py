@@ -7,7 +7,7 @@ import pytest
 from processors.keyring import EpochRef, KeyRing
 from processors.pipeline import Inbox, Outcome, Pipeline
 from processors.plan import Planner
-from processors.screen.suppression import Suppressions
+from processors.screen.suppression import Rule, State, Suppressions
 from processors.seal import Entropy
 from schemas.catalog import CATALOG
 from schemas.errors import KeysChanged
@@ -748,3 +748,46 @@ def test_a_quarantined_record_names_its_own_offset_where_offsets_have_gaps():
         outputs = pipeline.complete(prepared, a_ring(prepared.needs), Entropy(bytes(32)), 4)
         quarantined = [orjson.loads(one.value) for output in outputs for one in output.messages]
         assert [one["offset"] for one in quarantined] == found
+
+
+class _Snapshot:
+    """Entries that do not change, of one token."""
+
+    bits, shift, offsets = b"\xff", 29, (0,)
+
+    def __init__(self, token=None):
+        self.token = token
+
+    def find(self, token):
+        return {Rule("platform", "all", "sms", "person"): State(out=True, event_s=1)} if token == self.token else None
+
+
+def test_an_opt_out_counts_whatever_was_known_of_the_person_before():
+    pipeline, view, token = Pipeline(Planner(policy_of()), TOKENS), Suppressions(), TOKENS.of(PERSON)
+
+    def reasons(*values):
+        inbox = Inbox("traffic", 0, 0, [orjson.dumps(value) for value in values])
+        return [one.reason for one in pipeline.prepare(inbox, view, Lists(), NOW_S).outcomes]
+
+    def nobody():
+        view.adopt(_Snapshot())
+        assert reasons(sms_request()) == [None]
+
+    # Given somebody of whom it is known that they have opted out of nothing
+    nobody()
+    # Then it counts in the batch itself,
+    assert reasons(sms_request(), reply("STOP"), sms_request()) == [None, None, "opted_out"]
+    # from the stream,
+    assert reasons(sms_request()) == [None]
+    view.apply(token, Rule("platform", "all", "sms", "person"), out=True, event_s=1, place=(0, 5))
+    assert reasons(sms_request()) == ["opted_out"]
+    # from another snapshot,
+    view = Suppressions()
+    nobody()
+    view.adopt(_Snapshot(token))
+    assert reasons(sms_request()) == ["opted_out"]
+    # and in another view
+    nobody()
+    view = Suppressions()
+    view.apply(token, Rule("platform", "all", "sms", "person"), out=True, event_s=1)
+    assert reasons(sms_request()) == ["opted_out"]
