@@ -10,7 +10,7 @@ Rules of this file:
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, get_args
 
 import orjson
 
@@ -20,13 +20,12 @@ from processors.retention import instant
 from processors.screen.destination import place_of_number
 from processors.seal import Sealer
 from schemas.outbound import Headers, Message
-from schemas.policy import MAX_EXEMPT_MONTHS, Period, Policy
+from schemas.policy import MAX_EXEMPT_MONTHS, ExemptionKind, Period, Policy
 from schemas.sealed import split_envelope
 
 STREAM: Final = "exemptions"
 DATA_CLASS: Final = "contact_list"
-CONSENT, PURCHASE, INQUIRY = "consent", "purchase", "inquiry"
-KINDS: Final = (CONSENT, PURCHASE, INQUIRY)
+KINDS = CONSENT, PURCHASE, INQUIRY = get_args(ExemptionKind)
 AUTHORITY: Final = "account"
 """Who an exemption comes from, in its rule."""
 _MONTHS: Final = {PURCHASE: "purchase_months", INQUIRY: "inquiry_months"}

@@ -43,6 +43,8 @@ REQUIRED_CLASSES = ("content", "traffic", "anonymous", "usage", "suppression", "
 """Data classes that need exactly one processing rule; the others may have one."""
 
 After = Literal["end of day", "end of month", "end of year", "event"]
+ExemptionKind = Literal["consent", "purchase", "inquiry"]
+"""What an exemption rests on; of several in force the first of these is named."""
 Event = Literal["communication", "creation", "termination", "relationship_end"]
 
 

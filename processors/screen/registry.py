@@ -89,12 +89,12 @@ class RegistryView(Protocol):
         """Return a registry, or None if it is not loaded. Never blocks; what was returned stays valid after a swap."""
 
 
-def age_s(as_of_s: int, now_s: int) -> int:
+def age_s(as_of_s: int, now_s: float) -> float:
     """Return how old a list is in seconds; never below 0."""
     return max(0, now_s - as_of_s)
 
 
-def freshness(max_age_days: int, as_of_s: int, now_s: int) -> Freshness:
+def freshness(max_age_days: int, as_of_s: int, now_s: float) -> Freshness:
     """Return whether a list may be used: fresh up to and including `max_age_days` (REG-2: 31), then stale."""
     return "fresh" if age_s(as_of_s, now_s) <= max_age_days * DAY_S else "stale"
 

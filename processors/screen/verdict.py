@@ -18,7 +18,7 @@ from processors.screen.registry import Registry, RegistryView, freshness
 from processors.screen.suppression import Entries, View
 from schemas.fields import Kind, Party
 from schemas.inbound import Channel, Purpose, SuppressionClass
-from schemas.policy import Account, Policy, RegistryRule
+from schemas.policy import Account, ExemptionKind, Policy, RegistryRule
 
 GATEWAY_CODES = {"twilio": 21610, "telnyx": 40300, "plivo": 200, "vonage": 9, "sinch": 257, "infobip": 2050}
 """What gateways already know for «this person is not to be contacted», by vendor."""
@@ -27,8 +27,7 @@ REQUEST_MAX_AGE_S = 24 * 3600
 """An older request is refused: whoever waited for it has stopped waiting (DESIGN.md, traffic lives at most 24 h)."""
 CONFIRMATION_S = 300
 """An opt-out may be confirmed by one text within five minutes (47 CFR 64.1200(a)(12))."""
-EXEMPTION_KINDS = ("consent", "purchase", "inquiry")
-"""Kinds of exemption; of several in force the first is named."""
+EXEMPTION_KINDS = get_args(ExemptionKind)
 
 
 class Memo:

@@ -6,13 +6,13 @@ import time
 from typing import TYPE_CHECKING, get_args
 
 from schemas.inbound import Channel
+from schemas.policy import ExemptionKind
 from streams.cli.common import bar, number, opened, plain, print_json, print_table, say, size_bytes, skipping
 from streams.config import load
 
 if TYPE_CHECKING:
     from streams.exemptions import Entry
 
-KINDS = ("consent", "purchase", "inquiry")
 _TITLES = ("KIND", "CHANNEL", "STATE", "GIVEN", "EXPIRES", "EVIDENCE")
 
 
@@ -29,7 +29,9 @@ def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
     for verb in (adding, removing, checking):
         verb.add_argument("number", metavar="NUMBER", help="the person's number, or - for standard input")
         verb.add_argument("--account", metavar="A", required=True, help="whose exemption it is")
-        verb.add_argument("--kind", choices=KINDS, default="", required=verb is adding, help="what it rests on")
+        verb.add_argument(
+            "--kind", choices=get_args(ExemptionKind), default="", required=verb is adding, help="what it rests on"
+        )
         verb.add_argument("--channel", choices=get_args(Channel), default="", help="default: both")
     adding.add_argument("--given", metavar="T", required=True, help="when: RFC 3339 or a date")
     adding.add_argument("--evidence", metavar="REF", required=True, help="a reference to what proves it")

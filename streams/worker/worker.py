@@ -14,7 +14,7 @@ from contextlib import suppress
 
 from processors.keyring import Needs
 from processors.pipeline import Inbox, Outcome, Pipeline
-from processors.screen.registry import RegistryView
+from processors.screen.registry import RegistryView, freshness
 from processors.seal import ENTROPY_BYTES, Entropy
 from schemas.errors import Action, Fenced, Retriable, StreamveilError, TokensChange, action_for
 from schemas.policy import Policy
@@ -35,7 +35,6 @@ FORGET_EVERY_S = 5.0
 """Committed clear traffic is deleted from disk at least this often while a worker runs (bound: 60 s)."""
 LOOK_EVERY_S = 5.0
 """What waits in the inputs, and what else only a look can tell, is looked at so often while somebody watches."""
-DAY_S = 86_400
 _BACKOFF_S = (0.05, 0.1, 0.2, 0.5, 1.0)
 
 
@@ -249,6 +248,6 @@ def unfit(policy: Policy, registries: RegistryView, now_s: float) -> int:
     """Return how many registries of a policy are required and missing, or too old to be used."""
     found = [(rule, registries.get(rule.name)) for rule in policy.screening.registry]
     return sum(
-        rule.required if registry is None else now_s - registry.as_of_s > rule.max_age_days * DAY_S
+        rule.required if registry is None else freshness(rule.max_age_days, registry.as_of_s, now_s) == "stale"
         for rule, registry in found
     )
