@@ -182,6 +182,7 @@ def _party(kind: Kind, value: str) -> Party:
 
 
 _E164 = re.compile(r"\+[1-9][0-9]{6,14}").fullmatch
+_START = re.compile(r"\+[1-9][0-9]{2}").fullmatch
 _RECENT = 50_000
 _NUMBER = Kind.NUMBER  # Python 3.11 takes 0.09 µs to find a member of an enumeration
 _ALIKE_EVERYWHERE = (Kind.NUMBER, Kind.ALPHANUMERIC, Kind.EMAIL)
@@ -211,20 +212,22 @@ def normalise(raw: str, region: str | None = None) -> Party:
 
     `region` (ISO 3166-1 alpha-2) reads national numbers; without one, digits that are a possible international
     number are taken as one. Letters are never read as digits: a name would become somebody's number. Never raises. A
-    well-formed `+…` costs 0.2 µs if it was seen lately, else 1.4; anything else goes through the phone-number library
+    well-formed `+…` costs 0.2 µs if it was seen lately, else 0.8; anything else goes through the phone-number library
     once (36 µs and more) and then through a bounded cache.
     """
     known = _recent.get(raw)
     if known is not None:
         return known
-    if _E164(raw) and not _has_trunk_prefix(raw):
-        party = Party(_NUMBER, raw, is_person=True)
+    start = raw[:4]
+    if (_well_formed.get(start) or _form(start))(raw):
+        party = Party(_NUMBER, raw, True)  # by place: a keyword takes half as long again
     else:
         party = _normalise_slowly(raw, region)
-    if is_normal(raw, party):
-        if len(_recent) >= _RECENT:
-            _recent.clear()
-        _recent[raw] = party
+        if not is_normal(raw, party):
+            return party
+    if len(_recent) >= _RECENT:
+        _recent.clear()
+    _recent[raw] = party
     return party
 
 
@@ -233,28 +236,27 @@ def is_normal(raw: str, party: Party) -> bool:
     return party.value == raw and party.kind in _ALIKE_EVERYWHERE
 
 
-def _has_trunk_prefix(number: str) -> bool:
-    """Return whether a national prefix may stand behind the calling code, as in +44 0 20…; milliseconds once a code."""
-    start = number[1:4]
-    prefix, end = _trunk_prefixes.get(start) or _trunk_prefix(start)
-    found = prefix(number, end)
-    return found is not None and found.end() > end
+_well_formed: dict[str, Callable[[str], object]] = {}
+"""First four characters of a number to what matches those in E.164 that surely have no trunk prefix; 900 at most."""
 
 
-_trunk_prefixes: dict[str, tuple[Callable[[str, int], re.Match[str] | None], int]] = {}
-"""First three digits to what finds the national prefix, and where in a number it stands."""
+def _form(start: str) -> Callable[[str], object]:
+    """Return what matches the numbers in E.164 that begin so; milliseconds once a start, a moment for any other text.
 
-
-def _trunk_prefix(start: str) -> tuple[Callable[[str, int], re.Match[str] | None], int]:
-    pattern, end = "(?!)", 4
+    No national prefix may stand behind the calling code, as in +44 0 20…: such a number goes to the library.
+    """
+    if not _START(start):
+        return _E164  # which it does not match
+    code, prefix = start[1:], ""
     for digits in (1, 2, 3):
-        code = int(start[:digits])
-        if code in phonenumbers.COUNTRY_CODE_TO_REGION_CODE:
-            region = phonenumbers.region_code_for_country_code(code)
-            metadata = phonenumbers.PhoneMetadata.metadata_for_region_or_calling_code(code, region)
-            pattern, end = (metadata and metadata.national_prefix_for_parsing) or pattern, digits + 1
+        if int(start[1 : digits + 1]) in phonenumbers.COUNTRY_CODE_TO_REGION_CODE:
+            code = start[1 : digits + 1]
+            region = phonenumbers.region_code_for_country_code(int(code))
+            metadata = phonenumbers.PhoneMetadata.metadata_for_region_or_calling_code(int(code), region)
+            prefix = (metadata and metadata.national_prefix_for_parsing) or ""
             break
-    found = _trunk_prefixes[start] = re.compile(pattern).match, end
+    no_prefix = f"(?!(?:{prefix})(?<!^\\+{code}))" if prefix else ""  # the library's pattern may match nothing at all
+    found = _well_formed[start] = re.compile(rf"(?=\+[0-9]{{7,15}}\Z)\+{code}{no_prefix}[0-9]*").fullmatch
     return found
 
 

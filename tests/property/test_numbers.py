@@ -151,4 +151,4 @@ def test_the_caches_are_bounded():
         normalise(f"+1415{index:07}")
     assert len(fields._recent) <= fields._RECENT
     assert fields._normalise_slowly.cache_info().maxsize == 16384
-    assert len(fields._trunk_prefixes) <= 1000
+    assert len(fields._well_formed) <= 1000
