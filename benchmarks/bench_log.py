@@ -10,7 +10,7 @@ from benchmarks.flow import pass_through, publish, sizes
 from streams.config import Config, load
 from streams.worker.supervisor import run_one
 
-RECORDS = 4000 if SMOKE else 100_000
+RECORDS = 1000 if SMOKE else 100_000
 CASES = (("sms cdr", 5_000), ("sms request", 5_000), ("voice cdr", 5_000), ("sms cdr", 20_000))
 """Kind of record, and number of different people among the records; each is new once."""
 

@@ -15,7 +15,7 @@ from streams.keys.cache import KeyCache, KeyLease
 from streams.keys.kms_local import LocalKms
 from streams.keys.sqlite import SqliteKeyStore
 
-TOTAL = 40_000 if SMOKE else 2_000_000
+TOTAL = 10 * BATCH if SMOKE else 2_000_000
 
 
 def main() -> None:

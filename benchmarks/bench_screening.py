@@ -40,10 +40,10 @@ from streams.worker.selftest import throwaway_ring
 QUICK = "--quick" in sys.argv
 SHARE = 10_000 if SMOKE else 50 if QUICK else 1
 NUMBERS, ENTRIES, SMALL = 258_500_000 // SHARE, 50_000_000 // SHARE, 1000
-TURNS = 2 if SMOKE else 25
-KNOWN = BATCH if SMOKE else 5000
-NEW = BATCH if SMOKE else 20 * BATCH
-PHASE_S = 1.0 if SMOKE else 10.0
+TURNS = 1 if SMOKE else 25
+KNOWN = 200 if SMOKE else 5000
+NEW = 200 if SMOKE else 20 * BATCH
+PHASE_S = 0.2 if SMOKE else 10.0
 """How long traffic runs before a swap, and goes on after it."""
 CASES = ("none", "small", "full", "none again")
 TOKENS = Tokens(1, bytes(range(32)))

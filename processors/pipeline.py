@@ -353,6 +353,7 @@ class _Preparation:
         head, _ = self.planner.output("cleared", record.account_id, now_s).envelope(
             account_id=record.account_id,
             channel=record.channel,
+            **({} if decided.exemption is None else {"exemption": decided.exemption}),
             not_after=instant(decided.not_after_s or now_s),
             purpose=record.purpose,
             record_id="",

@@ -92,7 +92,7 @@ CATALOG: dict[str, Stream] = {
            compacted=True),  # operators: the opt-out that a near miss was meant as
         _S("exemptions", "why an account may market to a listed number; never above an opt-out", _P.TOKEN,
            Domain.EXEMPTION, EXEMPT_HOURS, "contact_list",
-           ("officer", "operator"), ("operator", "dpo"), followers=("worker", "officer")),
+           ("officer", "operator"), ("operator", "dpo"), followers=("worker", "officer", "egress")),
         _S("review", "near-miss opt-outs", _P.SAME, Domain.REVIEW, 30 * 24, "content",
            ("worker", "operator"), ("operator", "dpo"), _T.DAY,
            followers=("officer", "worker")),  # workers: whose clock has run out

@@ -11,6 +11,7 @@ import msgspec
 
 from schemas.errors import InputInvalid
 from schemas.policy import Policy, parse_policy
+from streams.files import read_text
 
 DEFAULT_LOG = "sqlite:///streamveil-data/log.db"
 SQLITE = "sqlite:///"
@@ -231,7 +232,7 @@ def read_policy(name: str, base: Path) -> tuple[Policy, str]:
         return parse_policy(packs[name], f"pack {name}"), f"pack {name}"
     path = base / name
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path, "utf-8-sig")
     except (OSError, UnicodeDecodeError):
         raise InputInvalid(
             f"the policy is neither a pack ({', '.join(sorted(packs))}) nor a file that can be read", file=str(path)
@@ -251,7 +252,7 @@ def packs_available() -> dict[str, str]:
 
 def _read(path: Path, *, required: bool) -> _File:
     try:
-        return msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), _File)
+        return msgspec.convert(tomllib.loads(read_text(path)), _File)
     except FileNotFoundError:
         if required:
             raise InputInvalid("there is no such configuration file", file=str(path)) from None

@@ -190,6 +190,7 @@ class Deployment:
             self.auditor(),
             on_denied=told,
             suppressions=self.suppressions(waits=False),
+            exemptions=self.exemptions(waits=False),
         )
 
     def who(self) -> Principal:

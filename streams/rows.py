@@ -4,6 +4,7 @@ What is not understood is told by line and column; what stood there is never rep
 """
 
 import csv
+import gc
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
@@ -57,24 +58,35 @@ def pages(
 ) -> Iterator[list[Line]]:
     """Yield the lines of a CSV file that are not blank, `size` or less at a time; `advance` is told of bytes read.
 
-    The first line must name its columns: those needed, and any others of `columns`. Raises InputInvalid otherwise.
+    The first line must name its columns: those needed, and any others of `columns`. Raises InputInvalid otherwise. What
+    there is by the end of a page is kept from the garbage collector until the last: what a file of millions leaves in
+    memory lives long, and looking through it again and again takes a fifth of the time.
     """
     source = iter(lines)
     first = next(source, b"")
     names = _header(first.removeprefix(b"\xef\xbb\xbf"), columns, needed)
     advance(len(first))
     number = 1
-    while chunk := list(islice(source, size)):
-        found = []
-        for raw in chunk:
-            number += 1
-            if raw.strip():
-                cells = _cells(raw)
-                fits = cells is not None and len(cells) == len(names)
-                given = {name: text for name, cell in zip(names, cells or (), strict=False) if (text := cell.strip())}
-                found.append(Line(number, given if fits else None))
-        yield found
-        advance(sum(map(len, chunk)))
+    try:
+        while chunk := list(islice(source, size)):
+            apart = (_line(at, raw, names) for at, raw in enumerate(chunk, number + 1))
+            found = [line for line in apart if line is not None]
+            number += len(chunk)
+            yield found
+            advance(sum(map(len, chunk)))
+            gc.freeze()
+    finally:
+        gc.unfreeze()
+
+
+def _line(number: int, raw: bytes, names: Sequence[str]) -> Line | None:
+    """Return a line taken apart; None if it is blank."""
+    if not raw.strip():
+        return None
+    cells = _cells(raw)
+    if cells is None or len(cells) != len(names):
+        return Line(number, None)
+    return Line(number, {name: text for name, cell in zip(names, cells, strict=True) if (text := cell.strip())})
 
 
 def _header(line: bytes, columns: Sequence[str], needed: Sequence[str]) -> list[str]:

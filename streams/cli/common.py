@@ -1,5 +1,6 @@
 """What several commands share: numbers from standard input, notes, tables, a progress bar."""
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,10 +11,10 @@ from typing import BinaryIO, TextIO
 import orjson
 
 from schemas.errors import InputInvalid
+from streams.files import open_file
 
 STDIN = "-"
-
-
+_EXISTS = "FILE exists; name one that does not"
 _MOST = 65_536
 """Bytes of standard input that are looked at where one line is expected."""
 
@@ -50,12 +51,12 @@ def plain(text: str) -> str:
 
 @contextmanager
 def opened(name: str) -> Iterator[BinaryIO]:
-    """Open a file to read, or standard input for `-`. Raises InputInvalid; a name that is no file is not repeated."""
+    """Open a file or pipe to read, or standard input for `-`. Raises InputInvalid, which does not repeat the name."""
     if name == STDIN:
         yield stdin()
         return
     try:
-        file = Path(name).open("rb")  # noqa: SIM115 — closed below; here it is only seen whether it opens
+        file = open_file(Path(name), pipe=True)
     except OSError as error:
         raise InputInvalid(f"FILE cannot be read: {error.strerror}") from None
     with file:
@@ -64,22 +65,47 @@ def opened(name: str) -> Iterator[BinaryIO]:
 
 @contextmanager
 def new_file(name: str) -> Iterator[TextIO]:
-    """Open a new file (0600), removed again on any error; or standard output for `-`. Raises InputInvalid."""
+    """Open a new file (0600), which is there once the block has ended; or standard output for `-`.
+
+    Until then it is `FILE.part`. That goes on any error; of a process that was killed it stays. A FILE that is there,
+    or comes meanwhile, is never touched. Raises InputInvalid.
+    """
     if name == STDIN:
         yield sys.stdout
         return
+    path, part = Path(name), f"{name}.part"
     try:
-        descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        if not path.name or name.endswith("/"):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if os.path.lexists(path):
+            raise InputInvalid(_EXISTS)
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except FileExistsError:
-        raise InputInvalid("FILE exists; name one that does not") from None
+        raise InputInvalid(
+            "FILE.part exists: this FILE is being written, or whoever wrote it was killed; then delete FILE.part"
+        ) from None
     except OSError as error:
         raise InputInvalid(f"FILE cannot be written: {error.strerror}") from None
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as file:
             yield file
-    except BaseException:
-        Path(name).unlink()
-        raise
+            file.flush()
+            os.fsync(descriptor)
+        _appear(part, path)
+    finally:
+        Path(part).unlink(missing_ok=True)
+
+
+def _appear(part: str, path: Path) -> None:
+    """Give a file its name, which nobody else's has. Raises InputInvalid and OSError."""
+    try:
+        os.link(part, path)
+    except FileExistsError:
+        raise InputInvalid(_EXISTS) from None
+    except OSError:  # a file system without links: there somebody may take the name between these two lines
+        if os.path.lexists(path):
+            raise InputInvalid(_EXISTS) from None
+        Path(part).rename(path)
 
 
 def size_bytes(name: str) -> int | None:

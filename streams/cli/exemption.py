@@ -3,6 +3,8 @@
 import argparse
 import asyncio
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, get_args
 
 from schemas.inbound import Channel
@@ -11,7 +13,7 @@ from streams.cli.common import bar, number, opened, plain, print_json, print_tab
 from streams.config import load
 
 if TYPE_CHECKING:
-    from streams.exemptions import Entry
+    from streams.exemptions import Entry, Exemptions
 
 _TITLES = ("KIND", "CHANNEL", "STATE", "GIVEN", "EXPIRES", "EVIDENCE")
 
@@ -51,15 +53,22 @@ def _entry(args: argparse.Namespace) -> "Entry":
     return Entry(number(args.number), **told)
 
 
+@asynccontextmanager
+async def _opened(args: argparse.Namespace, *, create: bool = False) -> AsyncIterator["Exemptions"]:
+    """Open the deployment, or with `create` make one, and give its exemptions, read to their end."""
+    from streams.deployment import Deployment
+    from streams.exemptions import Exemptions
+
+    async with Deployment.open(load(args), create=create) as deployment:
+        exemptions = Exemptions(deployment)
+        await exemptions.catch_up()
+        yield exemptions
+
+
 def _add(args: argparse.Namespace) -> int:
     async def run() -> int:
-        from streams.deployment import Deployment
-        from streams.exemptions import Exemptions
-
         entry = _entry(args)
-        async with Deployment.open(load(args)) as deployment:
-            exemptions = Exemptions(deployment)
-            await exemptions.catch_up()
+        async with _opened(args, create=True) as exemptions:
             return await exemptions.add(entry, int(time.time()))
 
     count = asyncio.run(run())
@@ -69,13 +78,8 @@ def _add(args: argparse.Namespace) -> int:
 
 def _remove(args: argparse.Namespace) -> int:
     async def run() -> int:
-        from streams.deployment import Deployment
-        from streams.exemptions import Exemptions
-
         entry = _entry(args)
-        async with Deployment.open(load(args), create=False) as deployment:
-            exemptions = Exemptions(deployment)
-            await exemptions.catch_up()
+        async with _opened(args) as exemptions:
             return await exemptions.remove(entry, int(time.time()))
 
     count = asyncio.run(run())
@@ -85,13 +89,8 @@ def _remove(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> int:
     async def run() -> int:
-        from streams.deployment import Deployment
-        from streams.exemptions import Exemptions
-
         entry = _entry(args)
-        async with Deployment.open(load(args), create=False) as deployment:
-            exemptions = Exemptions(deployment)
-            await exemptions.catch_up()
+        async with _opened(args) as exemptions:
             found = await exemptions.standing(entry, int(time.time()))
         if args.json:
             for one in found:
@@ -108,13 +107,8 @@ def _check(args: argparse.Namespace) -> int:
 
 def _import(args: argparse.Namespace) -> int:
     async def run() -> int:
-        from streams.deployment import Deployment
-        from streams.exemptions import Exemptions
-
         with opened(args.file) as file:
-            async with Deployment.open(load(args)) as deployment:
-                exemptions = Exemptions(deployment)
-                await exemptions.catch_up()
+            async with _opened(args, create=True) as exemptions:
                 with bar("exemptions", size_bytes(args.file)) as advance, skipping() as bad:
                     loaded = await exemptions.load(file, int(time.time()), advance, bad)
         if args.json:

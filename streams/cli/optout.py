@@ -4,6 +4,8 @@ import argparse
 import asyncio
 import csv
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, get_args
 
 from schemas.inbound import Channel, SuppressionClass
@@ -11,7 +13,7 @@ from streams.cli.common import bar, new_file, number, opened, plain, print_json,
 from streams.config import load
 
 if TYPE_CHECKING:
-    from streams.optout import Entry
+    from streams.optout import Entry, OptOuts
 
 
 def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -45,6 +47,18 @@ def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
     exporting.set_defaults(run=_export)
 
 
+@asynccontextmanager
+async def _opened(args: argparse.Namespace, *, create: bool = False) -> AsyncIterator["OptOuts"]:
+    """Open the deployment, or with `create` make one, and give its opt-outs, read to their end."""
+    from streams.deployment import Deployment
+    from streams.optout import OptOuts
+
+    async with Deployment.open(load(args), create=create) as deployment:
+        opt_outs = OptOuts(deployment)
+        await opt_outs.catch_up()
+        yield opt_outs
+
+
 def _add(args: argparse.Namespace) -> int:
     return asyncio.run(_change(args, out=True))
 
@@ -54,14 +68,8 @@ def _remove(args: argparse.Namespace) -> int:
 
 
 async def _change(args: argparse.Namespace, *, out: bool) -> int:
-    from streams.deployment import Deployment
-    from streams.optout import OptOuts
-
-    entry = _entry(args)
-    async with Deployment.open(load(args), create=out) as deployment:
-        opt_outs = OptOuts(deployment)
-        now_s = int(time.time())
-        await opt_outs.catch_up()
+    entry, now_s = _entry(args), int(time.time())
+    async with _opened(args, create=out) as opt_outs:
         if out:
             count = await opt_outs.add([entry], now_s)
             print(f"opted out: {count} entries written")
@@ -76,13 +84,8 @@ def _check(args: argparse.Namespace) -> int:
 
 
 async def _show(args: argparse.Namespace) -> int:
-    from streams.deployment import Deployment
-    from streams.optout import OptOuts
-
     entry = _entry(args)
-    async with Deployment.open(load(args), create=False) as deployment:
-        opt_outs = OptOuts(deployment)
-        await opt_outs.catch_up()
+    async with _opened(args) as opt_outs:
         entries = [
             {"scope": one.scope, "class": one.class_, "channel": one.channel, "authority": one.authority,
              "since": one.since}
@@ -117,13 +120,8 @@ def _import(args: argparse.Namespace) -> int:
 
 
 async def _load(args: argparse.Namespace) -> int:
-    from streams.deployment import Deployment
-    from streams.optout import OptOuts
-
     with opened(args.file) as file:
-        async with Deployment.open(load(args)) as deployment:
-            opt_outs = OptOuts(deployment)
-            await opt_outs.catch_up()
+        async with _opened(args, create=True) as opt_outs:
             with bar("opt-outs", size_bytes(args.file)) as advance, skipping() as bad:
                 loaded = await opt_outs.load(file, int(time.time()), advance, bad)
     if args.json:

@@ -10,6 +10,7 @@ from processors.gateways import FORMATS, guess_format
 from schemas.errors import InputInvalid
 from streams.cli.common import STDIN, bar, print_json, say, size_bytes
 from streams.config import load
+from streams.files import read_text
 
 if TYPE_CHECKING:
     from streams.publish import Counts, Source
@@ -102,6 +103,6 @@ def _note(name: str, text: str) -> None:
 
 def _text(name: str) -> str:
     try:
-        return Path(name).read_text(encoding="utf-8")
+        return read_text(Path(name), pipe=True)
     except (OSError, UnicodeDecodeError):
         raise InputInvalid("the mapping file of --map cannot be read") from None

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from processors.screen.registry import DAY_S, RegistryFile, age_s, freshness
-from schemas.errors import InputInvalid
+from schemas.errors import InputInvalid, RegistryInvalid
 from schemas.policy import Policy, RegistryRule
-from streams.cli.common import bar, print_table, size_bytes
+from streams.cli.common import bar, print_table, say, size_bytes
 from streams.cli.times import instant_s
+from streams.files import read_text
 
 if TYPE_CHECKING:
     from streams.state.registries import Terms
@@ -30,7 +31,7 @@ class Row(msgspec.Struct, frozen=True):
     encoding: str | None
     size_bytes: int | None
     max_age_days: int
-    state: str  # fresh, stale, not loaded
+    state: str  # fresh, stale, not loaded, damaged
 
 
 def load(args: argparse.Namespace) -> int:
@@ -67,13 +68,17 @@ def change(args: argparse.Namespace) -> int:
 
 
 def status(args: argparse.Namespace) -> int:
-    """Print every registry of the policy, loaded or not, and whether it may be used."""
+    """Print every registry of the policy, loaded or not, and whether it may be used; 1 if any file is damaged.
+
+    Each damaged file has a line on standard error, be it of the policy or not: no worker starts on it.
+    """
     from streams import config as deployment
-    from streams.state.registries import Registries
+    from streams.state.registries import survey
 
     config = deployment.load(args)
-    registries, now_s = Registries(config.registries_dir), int(time.time())
-    rows = [_row(rule, registries.get(rule.name), now_s) for rule in _rules(config.policy).values()]
+    found, now_s = survey(config.registries_dir), int(time.time())
+    damaged = [one for one in found.values() if isinstance(one, RegistryInvalid)]
+    rows = [_row(rule, found.get(rule.name), now_s) for rule in _rules(config.policy).values()]
     if args.json:
         for row in rows:
             print(msgspec.json.encode(row).decode())
@@ -84,7 +89,9 @@ def status(args: argparse.Namespace) -> int:
         )
     else:
         print("the policy lists no registry")
-    return 0
+    for error in damaged:
+        say(f"streamveil: {error}")
+    return 1 if damaged else 0
 
 
 def _rules(policy: Policy) -> dict[str, RegistryRule]:
@@ -106,7 +113,7 @@ def _terms(args: argparse.Namespace, rule: RegistryRule) -> "Terms":
     form = None
     if args.map is not None:
         try:
-            form = mapped(args.map.read_text(encoding="utf-8"), str(args.map))
+            form = mapped(read_text(args.map, pipe=True), str(args.map))
         except OSError as error:
             raise InputInvalid(f"cannot be read: {error.strerror}", file=str(args.map)) from None
         except UnicodeDecodeError:
@@ -122,9 +129,10 @@ def _terms(args: argparse.Namespace, rule: RegistryRule) -> "Terms":
     )
 
 
-def _row(rule: RegistryRule, found: RegistryFile | None, now_s: int) -> Row:
-    if found is None:
-        return Row(rule.name, rule.country, None, None, None, None, None, rule.max_age_days, "not loaded")
+def _row(rule: RegistryRule, found: RegistryFile | RegistryInvalid | None, now_s: int) -> Row:
+    if not isinstance(found, RegistryFile):
+        state = "not loaded" if found is None else "damaged"
+        return Row(rule.name, rule.country, None, None, None, None, None, rule.max_age_days, state)
     return Row(
         name=rule.name,
         country=rule.country,

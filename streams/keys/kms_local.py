@@ -30,6 +30,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from schemas.errors import KeysBusy, KeysFull, KeysUnusable, KmsRefuses, StreamveilError
 from schemas.sealed import NONCE_BYTES, framed
+from streams.files import sync_folder
 from streams.keys.store import NEVER
 
 KEY_BYTES = 32
@@ -333,15 +334,6 @@ def check_private(info: os.stat_result, path: Path, chmod: str) -> None:
         raise KeysUnusable("key material belongs to another user; run as its owner", path=str(path))
     if info.st_mode & 0o077:
         raise KeysUnusable(f"key material is open to other users; run: chmod {chmod}", path=str(path))
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable. Raises OSError."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _root_path(folder: Path, store_id: str) -> Path:

@@ -24,7 +24,7 @@ from typing import Any, Final, Self
 from schemas.errors import KeysBusy, KeysUnusable
 from schemas.sealed import MAX_SEALS_PER_KEY
 from streams.config import Postgres
-from streams.keys.postgres_line import SCHEMA, Line
+from streams.keys.postgres_line import SCHEMA, Ids, Line
 from streams.keys.sql import SCHEMA_VERSION, STEP, TABLES, Mode, Row, SqlKeyStore, check_version, chunks, first_rows
 from streams.keys.store import KmsMaker
 
@@ -112,7 +112,7 @@ class PostgresKeyStore(SqlKeyStore):
 
     def _find_persons(self, owner: str, month: str, tokens: list[bytes]) -> list[tuple[bytes, bytes, str, bytes]]:
         query = "SELECT token, sid, kek, wrapped FROM persons WHERE owner = ? AND month = ? AND token = ANY(?::bytea[])"
-        return self._run(query, (owner, month, tokens))
+        return self._run(query, (owner, month, Ids(tokens)))
 
     def _find_tokens(self, tokens: list[bytes]) -> list[Row]:
         return self._run(f"SELECT {_PERSON} FROM persons WHERE token = ANY(?::bytea[])", (tokens,))

@@ -4,6 +4,7 @@ Rules of this file:
 - One audit entry per batch and stream is written before anything opens; if it cannot be written, nothing opens.
 - Destroyed, absent and corrupt are decided by tombstones and the clock, never by a failed tag.
 - What is about a person whose data is restricted opens for the privacy officer only (REG-1).
+- What may be sent is asked again at the moment of sending: opt-outs always, exemptions where the verdict rested on one.
 - A correction is a record of its own, beside the one that it corrects and in the same partition (INF-11): its clear
   envelope names that one's offset as `corrects`, its one part is of the group `correction`. It is opened with it.
 """
@@ -24,7 +25,7 @@ from processors.pipeline import render_verdict
 from processors.plan import Planner
 from processors.retention import instant
 from processors.screen.suppression import Tokens, View, covering_scopes
-from processors.screen.verdict import Subject, Verdict, blocked_by, suppressed
+from processors.screen.verdict import NOBODY, Subject, Verdict, blocked_by, suppressed
 from schemas.catalog import CATALOG
 from schemas.errors import InputInvalid, RevealDenied, TokensChange
 from schemas.fields import NO_REASON, PrivacyClass, classes_of, is_reason, normalise
@@ -35,14 +36,17 @@ from streams.keys.audit import Auditor
 from streams.keys.roles import OFFICER, Principal
 from streams.keys.store import Gone, KeyStore
 from streams.log.protocol import Log, Stored
-from streams.state.entries import SUPPRESSIONS, EntryTail
+from streams.state.entries import EXEMPTIONS, SUPPRESSIONS, EntryTail
 
 CLEARED = "cleared"
 CORRECTS = "corrects"
 """Field of a correction's clear envelope: the offset of the record that it corrects."""
+EXEMPTION = "exemption"
+"""Field of the clear envelope of a `cleared` record: the kind of exemption without which it would have been refused."""
 NOT_OPENED = "not_opened"
 """What stands in place of a correction's fields if it did not open: the state that says why."""
 _RESTRICTED = Verdict("restricted", "REG-1")
+_EXEMPTION_ENDED = Verdict("exemption_ended", "CAL-3")
 _SALT = "salt:"
 _SID = re.compile(r"[0-9a-f]{32}")
 _CLASSES = classes_of(Request, Cdr, Preference)
@@ -92,6 +96,14 @@ class _Asked(NamedTuple):
         return self.sealed.parts if self.sealed is not None and self.denied is None else ()
 
 
+class _Seen(NamedTuple):
+    """What is known at the moment of sending: tokens, and opt-outs and exemptions under them."""
+
+    tokens: Tokens
+    opt_outs: View
+    exemptions: View
+
+
 class Revealer:
     """Opens records for one principal. Not thread-safe; blocks on log and key store."""
 
@@ -105,10 +117,11 @@ class Revealer:
         clock: Callable[[], float] = time.time,
         on_denied: Callable[[Mapping[str, int]], None] = lambda _: None,
         suppressions: EntryTail | None = None,
+        exemptions: EntryTail | None = None,
     ) -> None:
         """Take what to open with, and whom to tell how many messages were denied, by reason.
 
-        Without `suppressions` it reads the whole stream by itself.
+        Without `suppressions` or `exemptions` it reads the whole stream by itself; exemptions only once it has to.
         """
         self._log = log
         self._store = store
@@ -119,7 +132,8 @@ class Revealer:
         self._on_denied = on_denied
         self._tokens = Tokens(*store.token_keys().current)
         self._tail = suppressions or EntryTail(log, SUPPRESSIONS, self._tokens.version)
-        self._tail.follow(self._tokens.version)
+        self._exemptions = exemptions or EntryTail(log, EXEMPTIONS, self._tokens.version)
+        self._follow()
         self._turn = asyncio.Lock()
 
     async def reveal(self, messages: Sequence[Stored], reason: str) -> list[Revealed]:
@@ -137,8 +151,9 @@ class Revealer:
         """Return requests of the `cleared` stream opened for sending: the egress gateway's call.
 
         A request past its `not_after`, or whose recipient has opted out since, is `denied` with the reason
-        `too_late` or `opted_out` (or `blocked_by_officer`), and its second verdict is in `verdicts` on return. What
-        is `revealed` may be sent now, until `not_after`; do not keep it. Blocks; 1,000 messages a call are a good size.
+        `too_late` or `opted_out` (or `blocked_by_officer`), and its second verdict is in `verdicts` on return; so is
+        one that was cleared by an exemption, if none is in force any more: `exemption_ended`. What is `revealed` may be
+        sent now, until `not_after`; do not keep it. Blocks; 1,000 messages a call are a good size.
         """
         if any(message.stream != CLEARED for message in messages):
             raise InputInvalid("open_batch takes messages of the stream cleared only")
@@ -153,14 +168,14 @@ class Revealer:
         """Return each message opened, or why not, and by partition the second verdicts of what must not be sent."""
         if not is_reason(reason):
             raise InputInvalid(NO_REASON)
-        seen = None
         for stream in dict.fromkeys(message.stream for message in messages):
             self.permit(stream)
-            if stream == CLEARED:
-                seen = await self._see_opt_outs()
         if all(_domain_of(message.stream) is None for message in messages):
             return [Revealed(State.REVEALED, {})] * len(messages), {}
-        asked = self._unless_restricted(await self._with_corrections(self._taken(messages)))
+        asked = self._taken(messages)
+        cleared = [one.sealed for one in asked if one.message.stream == CLEARED]
+        seen = await self._see(cleared) if cleared else None
+        asked = self._unless_restricted(await self._with_corrections(asked))
         await self._audit(asked, reason, action)
         now_s = int(self._clock())  # after all that may have taken time
         parts = [part for one in asked for each in (one, *one.corrections) for part in each.parts]
@@ -175,7 +190,7 @@ class Revealer:
             if message.stream == CLEARED and sealed is not None:
                 why = _RESTRICTED if one.denied == _RESTRICTED.reason else None
                 if result.state is _REVEALED and seen is not None:
-                    why = self._forbidden(sealed, result.fields, now_s, *seen)
+                    why = self._forbidden(sealed, result.fields, now_s, seen)
                 if why is not None:
                     result = Revealed(State.DENIED, {}, (), why.reason)
                     refusals.setdefault(message.partition, []).append(self._second_verdict(sealed, why, now_s))
@@ -194,22 +209,30 @@ class Revealer:
                 "this principal may not open this stream; ask for a grant in the roles file", stream=stream
             )
 
-    async def _see_opt_outs(self) -> tuple[Tokens, View]:
-        """Read the suppressions to their end; return them and the tokens they are under. Raises TokensChange, LogBusy.
+    async def _see(self, cleared: Iterable[Sealed | None]) -> _Seen:
+        """Read opt-outs to their end, and exemptions if a verdict rested on one. Raises TokensChange and LogBusy.
 
         The token key is asked for after reading: what was read then is under the key that is current, or is also. One
         call at a time reads; what it returns stays whole while another begins anew.
         """
+        exempt = any(sealed is not None and EXEMPTION in sealed.fields for sealed in cleared)
         async with self._turn:
             while True:
                 await self._tail.catch_up()
+                if exempt:
+                    await self._exemptions.catch_up()
                 keys = self._store.token_keys()
                 if keys.changing:
                     raise TokensChange
                 if keys.current.version == self._tokens.version:
-                    return self._tokens, self._tail.view
+                    return _Seen(self._tokens, self._tail.view, self._exemptions.view if exempt else NOBODY)
                 self._tokens = Tokens(*keys.current)
-                self._tail.follow(self._tokens.version)
+                self._follow()
+
+    def _follow(self) -> None:
+        """Have both tails show what is under the token key of `_tokens`."""
+        self._tail.follow(self._tokens.version)
+        self._exemptions.follow(self._tokens.version)
 
     def _taken(self, messages: Sequence[Stored]) -> list[_Asked]:
         """Return the messages taken apart, each with why the grants of this principal do not open it, if so."""
@@ -270,9 +293,7 @@ class Revealer:
             for grant in self._principal.grants
         )
 
-    def _forbidden(
-        self, sealed: Sealed, fields: Mapping[str, Any], now_s: int, tokens: Tokens, opt_outs: View
-    ) -> Verdict | None:
+    def _forbidden(self, sealed: Sealed, fields: Mapping[str, Any], now_s: int, seen: _Seen) -> Verdict | None:
         """Return the refusal of an opened request that must not be sent any more, if so."""
         if instant(now_s) > sealed.fields["not_after"]:
             return Verdict("too_late", "REG-3")
@@ -282,16 +303,17 @@ class Revealer:
             return Verdict("account_unknown", "CAL-2")
         region = plan.account.default_region or fields.get("country")
         party = normalise(fields["recipient"], region)
-        if not party.is_person or party.value in plan.account.own:
-            return None
-        token = tokens.of(party.value)
-        if opt_outs.get(token) is None:
-            return None
-        sender = normalise(fields["sender"], region).value
-        scopes = covering_scopes(account_id, sender, fields.get("campaign_id"), tokens)
-        channel, purpose = sealed.fields["channel"], sealed.fields["purpose"]
-        subject = Subject(account_id, party, token, channel, purpose, None, False, None, scopes)
-        return suppressed(subject, opt_outs, blocked_by(self._planner.policy), now_s)
+        token, channel, found = None, sealed.fields["channel"], None
+        if party.is_person and party.value not in plan.account.own:
+            token = seen.tokens.of(party.value)
+        if token is not None and seen.opt_outs.get(token) is not None:
+            sender = normalise(fields["sender"], region).value
+            scopes = covering_scopes(account_id, sender, fields.get("campaign_id"), seen.tokens)
+            subject = Subject(account_id, party, token, channel, sealed.fields["purpose"], None, False, None, scopes)
+            found = suppressed(subject, seen.opt_outs, blocked_by(self._planner.policy), now_s)
+        if found is None and EXEMPTION in sealed.fields and not _exempt(seen, token, account_id, channel, now_s):
+            return _EXEMPTION_ENDED
+        return found
 
     def _second_verdict(self, sealed: Sealed, why: Verdict, now_s: int) -> Message:
         envelope = sealed.fields
@@ -316,6 +338,15 @@ class Revealer:
                 denied=sum(one.denied is not None for one in here),
                 sids=list(sids),
             )
+
+
+def _exempt(seen: _Seen, token: bytes | None, account_id: str, channel: str, now_s: int) -> bool:
+    """Return whether an exemption of an account and person is in force on a channel, of whichever kind."""
+    entries = None if token is None else seen.exemptions.get(token)
+    return any(
+        state.out and now_s < state.event_s and rule.channel == channel and rule.scope == f"account:{account_id}"
+        for rule, state in (entries or {}).items()
+    )
 
 
 def _sids(parts: Iterable[Part]) -> Collection[str]:

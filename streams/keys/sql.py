@@ -15,6 +15,7 @@ import os
 import secrets
 import threading
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from enum import Enum
@@ -225,13 +226,14 @@ class SqlKeyStore(ABC):
         tombstone and the person a new secret.
         """
         date = today(now_s)
-        days = {ref: day_of(deadline) for ref, deadline in needs.persons.items() if _alive(deadline, now_s)}
+        alive = {deadline: day_of(deadline) for deadline in set(needs.persons.values()) if _alive(deadline, now_s)}
+        days = {ref: alive[deadline] for ref, deadline in needs.persons.items() if deadline in alive}
         epochs = {ref: need for ref, need in needs.epochs.items() if _alive(need[0], now_s)}
         if any(seals > self._max_seals for _, seals in epochs.values()):
             raise ValueError("more seals asked for than one key may give")
         with self._transaction(Mode.READ) as sequence:
             persons, _ = self._known_persons(days)
-            missing = {ref: day for ref, day in days.items() if ref not in persons}
+            missing = {} if len(persons) == len(days) else {ref: days[ref] for ref in days if ref not in persons}
             absent = self._warm({*missing.values(), *(_epoch_day(ref, need[0]) for ref, need in epochs.items())})
         if not missing and not epochs:
             return Fetched({}, {}, persons, sequence)
@@ -244,17 +246,17 @@ class SqlKeyStore(ABC):
 
     def _known_persons(self, days: Mapping[PersonRef, str]) -> tuple[dict[PersonRef, PersonSecret], list[Row]]:
         """Return the secrets kept to their day at least, and the rows of those that are not."""
-        groups: dict[tuple[str, str], dict[bytes, tuple[PersonRef, str]]] = {}
-        for ref, wanted in days.items():
-            groups.setdefault((ref.owner, ref.month), {})[ref.token] = ref, wanted
+        groups: defaultdict[tuple[str, str], dict[bytes, PersonRef]] = defaultdict(dict)
+        for ref in days:
+            groups[ref.owner, ref.month][ref.token] = ref
         persons: dict[PersonRef, PersonSecret] = {}
         short: list[Row] = []
         held = self._ciphers.held
         for (owner, month), refs in groups.items():
             head = person_aad_head(owner, month)
             for token, sid, kek, wrapped in self._find_persons(owner, month, list(refs)):
-                ref, wanted = refs[token]
-                if kek[:10] >= wanted:
+                ref = refs[token]
+                if kek > days[ref]:  # a generation sorts behind its day
                     cipher = held.get(kek) or self._cipher(kek)
                     persons[ref] = PersonSecret(sid.hex(), unwrap(cipher, wrapped, head + sid + token))
                 else:

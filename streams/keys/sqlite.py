@@ -24,7 +24,8 @@ from urllib.parse import quote
 
 from schemas.errors import KeysBusy, KeysFull, KeysUnusable
 from schemas.sealed import MAX_SEALS_PER_KEY
-from streams.keys.kms_local import check_private, os_error, sync_folder
+from streams.files import sync_folder
+from streams.keys.kms_local import check_private, os_error
 from streams.keys.sql import STEP, TABLES, Mode, Row, SqlKeyStore, check_version, chunks, first_rows, marks
 from streams.keys.store import KmsMaker
 from streams.keys.wrapping import FOREVER, GONE, SID_BYTES, WRAPPED_BYTES, generation

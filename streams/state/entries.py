@@ -24,10 +24,11 @@ from typing import Final, NamedTuple
 import msgspec
 
 from processors.screen.entries import Snapshot
-from processors.screen.suppression import Fold, Suppressions, fold, latest, parse_key
+from processors.screen.suppression import Fold, Rule, Suppressions, fold, latest, parse_key
 from schemas.errors import Gathering, LogBusy, LogFull, LogUnusable
+from streams.files import Stamp
 from streams.log.protocol import Log, Stored
-from streams.state.snapshots import LOOK_S, Snapshots, Stamp, fits
+from streams.state.snapshots import LOOK_S, Snapshots, fits
 
 PAGE: Final = 5000
 UNDECIDED_S: Final = 0.5
@@ -87,6 +88,8 @@ class EntryTail:
         self._look_s = 0.0
         self._has_told = False
         self.view = Suppressions(self._kept.fold)
+        self.snapshot_s: float | None = None
+        """When the snapshot that `view` looks people up in was written (Unix s); None: it has none."""
 
     @property
     def stream(self) -> str:
@@ -169,7 +172,7 @@ class EntryTail:
         except ValueError:
             raise unreadable(stored) from None
         if version == self._version:
-            self.view.apply(token, rule, out=out, event_s=event_s, place=(stored.partition, stored.offset))
+            self.view.apply(token, _once(rule), out=out, event_s=event_s, place=(stored.partition, stored.offset))
         elif version > self._version and self._snapshots is not None:
             self._newer[version] += 1
             if self._newer[version] > MANY:
@@ -193,7 +196,7 @@ class EntryTail:
             snapshots.gather(self.stream, self._version)
             raise Gathering(stream=self.stream)
         if snapshot is not None:
-            self.view.adopt(snapshot)
+            self._adopt(snapshot)
         return begins
 
     async def _renew(self, snapshots: Snapshots, reached: list[int]) -> None:
@@ -207,7 +210,12 @@ class EntryTail:
         if before is not None and any(at < had for at, had in zip(snapshot.offsets, before.offsets, strict=True)):
             return
         if all(offset <= at for offset, at in zip(snapshot.offsets, reached, strict=True)):
-            self.view.adopt(snapshot)
+            self._adopt(snapshot)
+
+    def _adopt(self, snapshot: Snapshot) -> None:
+        """Look people up in the newest snapshot from now on."""
+        self.view.adopt(snapshot)
+        self.snapshot_s = None if self._stamp is None else self._stamp[1] / 1e9
 
     async def _newest(self, snapshots: Snapshots, *, wait: bool) -> Snapshot | None:
         """Return the newest snapshot that is whole and of this log; one that is not goes.
@@ -248,6 +256,12 @@ def instant_reader(field: str) -> Callable[[bytes], int]:
             raise ValueError("not an envelope") from None
 
     return read
+
+
+@lru_cache(65_536)
+def _once(rule: Rule) -> Rule:
+    """Return a rule equal to this one: many have the same, and it is held once."""
+    return rule
 
 
 @lru_cache(65_536)

@@ -1,6 +1,7 @@
 """The files of Do-Not-Call lists: plain, .gz, or .zip with each of its members, whatever they are called.
 
-Read as a stream, in chunks. Refused: what is encrypted, an archive in an archive, and what grows out of all proportion.
+Read as a stream, in chunks; a pipe too, if somebody writes into it. Refused: what is encrypted, an archive in an
+archive, and what grows out of all proportion.
 """
 
 import gzip
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import IO, BinaryIO, Final
 
 from schemas.errors import InputInvalid, RegistryInvalid
+from streams.files import open_file
 
 CHUNK_BYTES: Final = 1 << 22
 INFLATION: Final = 200
@@ -35,7 +37,7 @@ def contents(path: Path, progress: Progress) -> Iterator[tuple[str, Iterator[byt
     RegistryInvalid if it is an archive that is damaged or refused; so does reading the chunks.
     """
     name = str(path)
-    with _errors(name), path.open("rb") as file:
+    with _errors(name), open_file(path, pipe=True) as file:
         head = file.peek(4)[:4]
         if head.startswith((_ZIP, _EMPTY_ZIP)):
             yield from _zipped(name, file, progress)
@@ -55,11 +57,12 @@ def dated_s(paths: Iterable[Path]) -> int:
 
 def _dates(path: Path) -> Iterator[int]:
     name = str(path)
-    with _errors(name), path.open("rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise InputInvalid("what is no file has no date; give that of the list with --as-of", file=name)
-        yield int(status.st_mtime)
+    with _errors(name):
+        status = path.stat()
+    if stat.S_ISFIFO(status.st_mode):
+        raise InputInvalid("a pipe has no date; give that of the list with --as-of", file=name)
+    with _errors(name), open_file(path) as file:
+        yield int(os.fstat(file.fileno()).st_mtime)
         head = file.peek(8)[:8]
         if head.startswith(_GZIP) and len(head) == 8 and any(head[4:]):
             yield int.from_bytes(head[4:], "little")

@@ -17,8 +17,9 @@ from typing import Final, NamedTuple
 
 from processors.screen.lists import FORMATS, ListFormat
 from processors.screen.registry import DAY_S, Header, RegistryFile
-from processors.screen.registry_build import Built, RegistryBuilder
+from processors.screen.registry_build import RegistryBuilder
 from schemas.errors import InputInvalid, RegistryInvalid
+from streams.files import Stamp, open_file, replacing, stamp
 from streams.state.listfiles import contents, dated_s
 
 SUFFIX: Final = ".bitmap"
@@ -28,8 +29,6 @@ RETIRE_S: Final = 60.0
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _STILL = "what was loaded before still serves"
 
-_Version = tuple[int, int, int]  # inode, modification time in ns, size
-
 
 class Registries:
     """Every registry that is loaded, read-only: a `RegistryView`. Opening it reads each file once, to verify it."""
@@ -38,20 +37,14 @@ class Registries:
         """Open what is in the folder, which need not exist. Raises RegistryInvalid if it or a file cannot be read."""
         self._folder = folder
         self._serving: dict[str, RegistryFile] = {}
-        self._versions: dict[str, _Version] = {}
-        self._damaged: dict[str, _Version] = {}
+        self._versions: dict[str, Stamp] = {}
+        self._damaged: dict[str, Stamp] = {}
         self._opening: _Opening | None = None
         self._retired: list[tuple[float, RegistryFile]] = []
         self._checked_s: float | None = None
-        try:
-            files = _files(folder)
-        except OSError as error:  # it is not known what is loaded: all might be
-            raise RegistryInvalid(f"cannot be read: {error.strerror}", file=str(folder)) from None
-        for name, path in files:
-            try:
+        for name, path in _files_known(folder):
+            with suppress(FileNotFoundError):  # removed this moment: not loaded
                 self._versions[name], self._serving[name] = _map(path, name)
-            except FileNotFoundError:
-                continue  # removed this moment: not loaded
 
     def __repr__(self) -> str:
         return f"Registries({', '.join(self.names())})"
@@ -120,7 +113,7 @@ class _Opening:
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
         self.done = threading.Event()
-        self.opened: dict[str, tuple[_Version, RegistryFile | None]] = {}
+        self.opened: dict[str, tuple[Stamp, RegistryFile | None]] = {}
         self._folder = folder
         self._names = names
         threading.Thread(target=self._run, daemon=True).start()
@@ -130,13 +123,36 @@ class _Opening:
             for name in self._names:
                 path = self._folder / f"{name}{SUFFIX}"
                 with suppress(OSError):  # removed this moment, or looked at again
-                    version = _version(path.stat())
+                    version = stamp(path.stat())
                     try:
                         self.opened[name] = _map(path, name)
                     except RegistryInvalid:
                         self.opened[name] = version, None
         finally:
             self.done.set()
+
+
+def survey(folder: Path) -> dict[str, RegistryFile | RegistryInvalid]:
+    """Return each registry that is loaded, by name, or what is wrong with its file; reads each file once.
+
+    Blocks on the disk. Raises RegistryInvalid if the folder cannot be read.
+    """
+    found: dict[str, RegistryFile | RegistryInvalid] = {}
+    for name, path in _files_known(folder):
+        with suppress(FileNotFoundError):  # removed this moment: not loaded
+            try:
+                found[name] = _map(path, name)[1]
+            except RegistryInvalid as error:
+                found[name] = error
+    return found
+
+
+def _files_known(folder: Path) -> list[tuple[str, Path]]:
+    """Return names and files. Raises RegistryInvalid if it is not known what is loaded: all might be."""
+    try:
+        return _files(folder)
+    except OSError as error:
+        raise RegistryInvalid(f"cannot be read: {error.strerror}", file=str(folder)) from None
 
 
 def _files(folder: Path) -> list[tuple[str, Path]]:
@@ -149,22 +165,18 @@ def _files(folder: Path) -> list[tuple[str, Path]]:
     return [(path.name.removesuffix(SUFFIX), path) for path in here]
 
 
-def _versions(folder: Path) -> dict[str, _Version]:
+def _versions(folder: Path) -> dict[str, Stamp]:
     found = {}
     for name, path in _files(folder):
         with suppress(FileNotFoundError):  # removed this moment: not loaded
-            found[name] = _version(path.stat())
+            found[name] = stamp(path.stat())
     return found
 
 
-def _version(status: os.stat_result) -> _Version:
-    return status.st_ino, status.st_mtime_ns, status.st_size
-
-
-def _map(path: Path, name: str) -> tuple[_Version, RegistryFile]:
+def _map(path: Path, name: str) -> tuple[Stamp, RegistryFile]:
     """Return a verified registry. Raises RegistryInvalid with the file, and FileNotFoundError."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             status = os.fstat(file.fileno())
             if not status.st_size:
                 raise RegistryInvalid("truncated; load the registry again")
@@ -178,7 +190,7 @@ def _map(path: Path, name: str) -> tuple[_Version, RegistryFile]:
         raise RegistryInvalid(f"cannot be read: {error.strerror}", file=str(path)) from None
     except RegistryInvalid as error:
         raise RegistryInvalid(error.message, file=str(path)) from None
-    return _version(status), registry
+    return stamp(status), registry
 
 
 # --- loading ------------------------------------------------------------------------------------------------
@@ -223,11 +235,11 @@ def load(
     builder = RegistryBuilder()
     for file in files:
         _read(form, file, builder.add, progress)
-    with _locked(folder) as folder_fd:
+    with _locked(folder):
         serving = None
         with suppress(RegistryInvalid, FileNotFoundError):  # what is damaged is replaced
             serving = _map(folder / f"{name}{SUFFIX}", name)[1].header
-        return _finish(folder, folder_fd, name, builder, as_of_s, terms, serving)
+        return _finish(folder, name, builder, as_of_s, terms, serving)
 
 
 def change(
@@ -246,7 +258,7 @@ def change(
     """
     form, adds, deletes = _form(name, terms), list(add), list(delete)
     as_of_s = _as_of_s([*adds, *deletes], terms)
-    with _locked(folder) as folder_fd:
+    with _locked(folder):
         try:
             serving = _map(folder / f"{name}{SUFFIX}", name)[1]
         except FileNotFoundError:
@@ -262,7 +274,7 @@ def change(
                 (builder.remove, builder.add)[at](numbers)
             counts.append(builder.count())
         deleted, added = counts[0] - counts[1], counts[2] - counts[1]
-        header = _finish(folder, folder_fd, name, builder, as_of_s, terms, serving.header)
+        header = _finish(folder, name, builder, as_of_s, terms, serving.header)
         return Changed(header, added, given[1] - added, deleted, given[0] - deleted)
 
 
@@ -296,7 +308,6 @@ def _read(form: ListFormat, file: Path, take: Callable[..., None], progress: Pro
 
 def _finish(
     folder: Path,
-    folder_fd: int,
     name: str,
     builder: RegistryBuilder,
     as_of_s: int,
@@ -310,30 +321,17 @@ def _finish(
             raise InputInvalid(f"the list is older than the one loaded; {_STILL}; --older if that is meant")
         if built.header.count * 2 < serving.count and not terms.smaller:
             raise InputInvalid(f"the list has not half the numbers of the one loaded; {_STILL}; --smaller if meant")
-    _write(folder, folder_fd, name, built)
+    final = folder / f"{name}{SUFFIX}"
+    try:
+        with replacing(final) as out:
+            out.writelines(built.chunks())
+    except OSError as error:
+        raise RegistryInvalid(f"cannot be written: {error.strerror}; {_STILL}", file=str(final)) from None
     return built.header
 
 
-def _write(folder: Path, folder_fd: int, name: str, built: Built) -> None:
-    final, beside = folder / f"{name}{SUFFIX}", folder / f".{name}{SUFFIX}.new"
-    try:
-        try:
-            descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
-            with os.fdopen(descriptor, "wb") as out:
-                os.fchmod(descriptor, 0o600)
-                out.writelines(built.chunks())
-                out.flush()
-                os.fsync(descriptor)
-            beside.replace(final)
-            os.fsync(folder_fd)
-        finally:
-            beside.unlink(missing_ok=True)
-    except OSError as error:
-        raise RegistryInvalid(f"cannot be written: {error.strerror}; {_STILL}", file=str(final)) from None
-
-
 @contextmanager
-def _locked(folder: Path) -> Iterator[int]:
+def _locked(folder: Path) -> Iterator[None]:
     """Make the folder, private, and keep other loads out of it meanwhile; blocks while one is writing."""
     try:
         for missing in [path for path in (folder, *folder.parents) if not path.exists()][::-1]:
@@ -343,6 +341,6 @@ def _locked(folder: Path) -> Iterator[int]:
         raise RegistryInvalid(f"cannot be written: {error.strerror}", file=str(folder)) from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield descriptor
+        yield
     finally:
         os.close(descriptor)

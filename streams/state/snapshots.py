@@ -20,6 +20,7 @@ from typing import Final, Protocol
 
 from processors.screen.entries import HEAD_BYTES, Damaged, Meta, Snapshot, Write
 from schemas.errors import LogFull
+from streams.files import Stamp, open_file, replacing, stamp
 from streams.log.protocol import Log, Stored
 
 SUFFIX: Final = ".entries"
@@ -30,7 +31,6 @@ AGAIN_S: Final = 5.0
 
 _NAME: Final = re.compile(rf"\.?([a-z.]+)-([0-9]+){re.escape(SUFFIX)}(?:\.new)?")
 
-Stamp = tuple[int, int, int]  # inode, modification time in ns, size
 _Key = tuple[str, int]  # stream and version of the token key
 
 
@@ -66,19 +66,19 @@ class Snapshots:
     def stamp(self, stream: str, version: int) -> Stamp | None:
         """Return what tells one file from the next; None if there is none."""
         try:
-            return _stamp(self.path(stream, version).stat())
+            return stamp(self.path(stream, version).stat())
         except OSError:
             return None
 
     def open(self, stream: str, version: int) -> Snapshot | None:
         """Return the snapshot, mapped and read once to verify it; None if there is none that is fit. Blocks."""
-        path, stamp = self.path(stream, version), None
+        path, seen = self.path(stream, version), None
         try:
-            with path.open("rb") as file:
-                stamp = _stamp(os.fstat(file.fileno()))
-                if not stamp[2]:
+            with open_file(path) as file:
+                seen = stamp(os.fstat(file.fileno()))
+                if not seen[2]:
                     raise Damaged("it is empty")
-                mapped = mmap.mmap(file.fileno(), stamp[2], access=mmap.ACCESS_READ)
+                mapped = mmap.mmap(file.fileno(), seen[2], access=mmap.ACCESS_READ)
             snapshot = Snapshot(memoryview(mapped))
             meta = snapshot.meta
             if (meta.stream, meta.version, meta.store) != (stream, version, self.store_id):
@@ -89,7 +89,7 @@ class Snapshots:
         except OSError:
             return None  # this process cannot read it now; others may
         except Damaged:
-            if self.stamp(stream, version) == stamp:
+            if self.stamp(stream, version) == seen:
                 self.discard(stream, version)
             return None
         return snapshot
@@ -163,24 +163,12 @@ class Snapshots:
     def write(self, stream: str, version: int, make: Callable[[Write], tuple[bytes, Meta]]) -> None:
         """Put a snapshot in place of the one before, durable on return. Raises LogFull if the disk refuses. Blocks."""
         final = self.path(stream, version)
-        beside = final.with_name(f".{final.name}.new")
         try:
-            handle = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-            try:
-                with os.fdopen(handle, "wb") as file:
-                    file.write(bytes(HEAD_BYTES))
-                    head, _ = make(file.write)
-                    file.flush()
-                    os.pwrite(handle, head, 0)
-                    os.fsync(handle)
-                beside.replace(final)
-            finally:
-                beside.unlink(missing_ok=True)
-            folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            with replacing(final) as file:
+                file.write(bytes(HEAD_BYTES))
+                head, _ = make(file.write)
+                file.flush()
+                os.pwrite(file.fileno(), head, 0)
         except OSError as error:
             raise LogFull(f"a snapshot cannot be written: {error.strerror}", file=str(final)) from None
 
@@ -194,10 +182,6 @@ class Snapshots:
         if self._threads is not None:
             self._threads.shutdown(wait=False, cancel_futures=True)
             self._threads = None
-
-
-def _stamp(status: os.stat_result) -> Stamp:
-    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def witness(stored: Stored) -> tuple[int, str]:

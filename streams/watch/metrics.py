@@ -44,6 +44,7 @@ _STAGE_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 
 _ARRIVAL_BUCKETS_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5, 15, 60, 300, 3600, 21_600, 86_400)
 _SEALED = tuple(name for name, row in CATALOG.items() if row.domain is not None)
 _OUTPUTS = tuple(name for name, row in CATALOG.items() if "worker" in row.writers)
+_ENTRIES = ("suppressions", "exemptions")
 _KMS_CALLS = ("wrap", "unwrap", "destroy", "names", "rotate_root", "counter", "raise_counter")
 _KINDS = ("request", "cdr", "preference")
 _T = TypeVar("_T", bound=MetricWrapperBase)
@@ -88,7 +89,7 @@ def _waits() -> list[str]:
 
 DENIALS = (
     "not_granted", "not_granted_for_account", "restricted", "too_late", "opted_out", "blocked_by_officer",
-    "account_unknown",
+    "exemption_ended", "account_unknown",
 )  # fmt: skip
 """Why something sealed was not opened. `not_granted`: the principal may not open the stream at all."""
 
@@ -137,6 +138,13 @@ KMS = Row("streamveil_kms_calls_total", "counter", "calls",
 BEHIND = Row("streamveil_suppressions_behind_records", "gauge", "records",
              "Records of suppressions that are written and could not be read; nothing is cleared meanwhile.",
              mode="livemax")  # fmt: skip
+SNAPSHOT_DATE = Row("streamveil_snapshot_timestamp_seconds", "gauge", "Unix seconds",
+                    "When the snapshot of a stream's entries that a worker uses was written, as the worker with the"
+                    " oldest has it; 0: it uses none.",
+                    ("stream",), _each(_ENTRIES), mode="livemin")  # fmt: skip
+SNAPSHOT_CHANGED = Row("streamveil_snapshot_changed_people", "gauge", "people",
+                       "People whose entries have changed since that snapshot, and whom the worker holds in memory.",
+                       ("stream",), _each(_ENTRIES), mode="livemax")  # fmt: skip
 UNFIT = Row("streamveil_registries_unfit", "gauge", "registries",
             "Registries of the policy that are required and missing, or too old: marketing to their countries is"
             " refused.", mode="livemax")  # fmt: skip
@@ -199,9 +207,9 @@ INSTANTS = {
 
 TABLE = (
     RECORDS, BATCHES, RETRIES, FENCED, STAGES, ARRIVAL, LAG, OLDEST, CLEAR, SEALED, CHECKED, UNSEALED, KEY_LOOKUPS,
-    KEY_CACHE, KMS, BEHIND, UNFIT, REGISTRY_DATE, REGISTRY_MAX_AGE, REGISTRY_REQUIRED, REGISTRY_DAMAGED, DENIED,
-    OVERDUE, OLDEST_DUE, REQUESTS_OVERDUE, REVIEWS, REVIEWS_SOON, REVIEWS_OVERDUE, REVIEWS_DIED, REVIEWS_SEEN, KEKS,
-    RETENTION, UP, WANTED, BUILD,
+    KEY_CACHE, KMS, BEHIND, SNAPSHOT_DATE, SNAPSHOT_CHANGED, UNFIT, REGISTRY_DATE, REGISTRY_MAX_AGE, REGISTRY_REQUIRED,
+    REGISTRY_DAMAGED, DENIED, OVERDUE, OLDEST_DUE, REQUESTS_OVERDUE, REVIEWS, REVIEWS_SOON, REVIEWS_OVERDUE,
+    REVIEWS_DIED, REVIEWS_SEEN, KEKS, RETENTION, UP, WANTED, BUILD,
     *INSTANTS.values(),
 )  # fmt: skip
 """The table of all metrics."""
@@ -271,6 +279,7 @@ class Metrics(Watch):
         self._cache = gauge(KEY_CACHE)
         self._kms = counter(KMS)
         self._behind = gauge(BEHIND)
+        self._snapshots = (gauge(SNAPSHOT_DATE), gauge(SNAPSHOT_CHANGED))
         self._unfit = gauge(UNFIT)
         self._overdue = gauge(OVERDUE)
         self._oldest_due = gauge(OLDEST_DUE)
@@ -343,6 +352,12 @@ class Metrics(Watch):
     def behind(self, records: int) -> None:
         """Take note of how many records of `suppressions` could not be read."""
         self._behind[()].set(records)
+
+    def snapshot(self, stream: str, written_s: float | None, changed: int) -> None:
+        """Take note of when the snapshot in use of a stream was written (Unix s), and how many have changed since."""
+        date, people = self._snapshots
+        date[stream,].set(written_s or 0)
+        people[stream,].set(changed)
 
     def unfit(self, registries: int) -> None:
         """Take note of how many registries that the policy asks for are missing or too old."""

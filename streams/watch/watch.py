@@ -111,6 +111,9 @@ class Watch:
     def behind(self, records: int) -> None:
         """Take note of how many records of `suppressions` could not be read."""
 
+    def snapshot(self, stream: str, written_s: float | None, changed: int) -> None:
+        """Take note of when the snapshot in use of a stream was written (Unix s), and how many have changed since."""
+
     def unfit(self, registries: int) -> None:
         """Take note of how many registries that the policy asks for are missing or too old."""
 

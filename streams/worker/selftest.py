@@ -39,7 +39,7 @@ _ACCOUNTS = _ENVELOPE | {"account_id"}
 _CLEAR = {
     "verdicts": _ACCOUNTS | {"record_id", "channel", "purpose", "verdict", "reason", "clause", "codes", "decided_at",
                              "not_after", "defer_until", "second", "exemption", "confirmation"},
-    "cleared": _ACCOUNTS | {"record_id", "channel", "purpose", "not_after"},
+    "cleared": _ACCOUNTS | {"record_id", "channel", "purpose", "not_after", "exemption"},
     "content": _ACCOUNTS | {"day"},
     "cdr.pii": _ACCOUNTS | {"month"},
     "cdr.anonymous": _ACCOUNTS | {"channel", "direction", "purpose", "country", "mcc", "mnc", "route", "status",

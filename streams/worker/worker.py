@@ -203,8 +203,8 @@ class Worker:
         """Return how many epoch keys and person secrets of a batch are not in memory, if somebody wants to know."""
         if not self._watch.on:
             return 0, 0
-        ring = self._keys.ring
-        return len(needs.epochs.keys() - ring.epochs.keys()), len(needs.persons.keys() - ring.persons.keys())
+        epochs, persons = self._keys.ring.epochs, self._keys.ring.persons  # too many to go through for each batch
+        return sum(ref not in epochs for ref in needs.epochs), sum(ref not in persons for ref in needs.persons)
 
     async def _look(self) -> None:
         """Tell, every few seconds, what only a look can tell. What cannot be seen now is seen next time."""
@@ -213,6 +213,8 @@ class Worker:
             return
         self._looked_s = now_s
         self._watch.keeps(self._keys.ring)
+        for tail in (self._suppressions, self._exemptions):
+            self._watch.snapshot(tail.stream, tail.snapshot_s, len(tail.view))
         self._watch.unfit(unfit(self._pipeline.policy, self._registries, time.time()))
         self._watch.registries(registries_seen(self._pipeline.policy, self._registries, self._registries.damaged()))
         with suppress(Retriable):

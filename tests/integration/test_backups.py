@@ -221,7 +221,8 @@ def test_until_the_rewrap_the_windows_are_printed(place):
 
 def test_restored_from_before_a_months_death_nothing_of_it_opens_even_around_the_check(place):
     copy = backup(place)
-    ahead = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + 395 * 86_400))
+    years, months = divmod(time.gmtime().tm_mon + 12, 12)
+    ahead = f"{time.gmtime().tm_year + years}-{months + 1:02}-01T00:00:00Z"  # 12 months after the end of this one
     done = place.call("keys", "destroy-due", "--now", ahead, "--yes", "--json")
     assert done.status == 0, done.err
     assert done.lines[0]["epochs"] >= 2

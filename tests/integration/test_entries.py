@@ -109,6 +109,13 @@ def test_a_tail_over_a_snapshot_reads_only_what_came_after_it(log, kept):
     assert len(tail.view) == 2
 
 
+def test_a_rule_that_many_have_is_held_once(log, kept):
+    write(log, *out(1, 2))
+    view = tail_of(log, kept).view
+    (first,), (second,) = view.get(token(1)), view.get(token(2))
+    assert first is second
+
+
 def test_exemptions_are_kept_by_the_instant_at_which_they_end_and_until_then(log, kept, monkeypatch):
     rule = Rule("account:acme", "consent", "sms", "account")
     write(log, (1, rule, True, 900), (1, rule, True, 300), (2, rule, True, 9), (2, rule, False, 9), stream="exemptions")
@@ -137,8 +144,10 @@ def test_a_newer_snapshot_is_taken_over_and_nobody_changes_by_that(log, kept):
     # Given a tail without a snapshot, and one that is made then
     write(log, *out(*range(20)))
     tail = tail_of(log, kept)
+    assert tail.snapshot_s is None
     write(log, (1, SMS, False, 6))
     make(log, kept)
+    os.utime(kept.path("suppressions", 1), (5_000, 5_000))
     write(log, (2, SMS, False, 6))
     before = None
     asyncio.run(tail.catch_up())
@@ -147,14 +156,19 @@ def test_a_newer_snapshot_is_taken_over_and_nobody_changes_by_that(log, kept):
     # When it is there / Then only what came after it is in memory, and all stand as they stood
     settled(tail, lambda: tail.view.snapshot is not None)
     assert len(tail.view) == 1
+    assert tail.snapshot_s == 5_000
     stood = {number: found for number, found in before.items() if number != 1}
     assert {number: tail.view.get(token(number)) for number in stood} == stood
     assert tail.view.get(token(1)) is None  # lifted: as if it had never been
     # When there is another one
     make(log, kept)
     settled(tail, lambda: len(tail.view) == 0)
+    assert tail.snapshot_s == kept.path("suppressions", 1).stat().st_mtime_ns / 1e9
     assert tail.view.get(token(2)) is None
     assert tail.view.get(token(3)) == {SMS: State(True, 5)}
+    # and under another token key there is none
+    tail.follow(2)
+    assert tail.snapshot_s is None
 
 
 def test_a_snapshot_that_is_ahead_of_what_was_read_is_not_taken_over_before_that(log, kept):

@@ -24,8 +24,8 @@ from tests.support.audit import Forger, Writer, cut_partition, edit_audit
 from tests.support.commands import SHORT_LEASE, Place, ago, one_line
 from tests.support.records import OTHER, PERSON, sms_cdr, sms_request, voice_cdr
 
-TOMORROW = (datetime.now(UTC) + timedelta(days=1)).strftime("%Y-%m-%d")
-LAST_WEEK = (datetime.now(UTC) - timedelta(days=7)).strftime("%Y-%m-%d")
+LAST_WEEK, NEXT_WEEK = (f"{datetime.now(UTC) + timedelta(days=days):%Y-%m-%d}" for days in (-7, 7))
+"""A window with all that happens here, also when midnight comes while the tests run."""
 DAY_S = 86_400
 
 
@@ -44,7 +44,7 @@ def place(tmp_path):
     made.close()
 
 
-def report(place, name="evidence", since=LAST_WEEK, until=TOMORROW):
+def report(place, name="evidence", since=LAST_WEEK, until=NEXT_WEEK):
     """Return the folder of a new report."""
     folder = place.folder / name
     done = place.call("evidence", "report", "--from", since, "--to", until, "--out", folder)
@@ -90,7 +90,7 @@ def test_verify_says_what_the_report_is_about(place):
     folder = report(place)
     manifest = read(folder, MANIFEST)["manifest"]
     assert manifest["from"] == f"{LAST_WEEK}T00:00:00Z"
-    assert manifest["to"] <= manifest["made_at"] < f"{TOMORROW}T00:00:00Z"
+    assert manifest["to"] <= manifest["made_at"] < f"{NEXT_WEEK}T00:00:00Z"
     first = place.call("evidence", "verify", folder).out.splitlines()[0]
     found = place.call("evidence", "verify", folder, "--json").lines
     for name in ("from", "to", "made_at", "store", "key"):
@@ -100,7 +100,7 @@ def test_verify_says_what_the_report_is_about(place):
 
 
 def test_the_report_of_a_window_that_is_not_over_says_where_it_ends(place):
-    done = place.call("evidence", "report", "--from", LAST_WEEK, "--to", TOMORROW, "--out", place.folder / "x")
+    done = place.call("evidence", "report", "--from", LAST_WEEK, "--to", NEXT_WEEK, "--out", place.folder / "x")
     assert f"the report ends at {read(place.folder / 'x', MANIFEST)['manifest']['to']}" in done.err
     past = place.call("evidence", "report", "--from", "2020-01-01", "--to", LAST_WEEK, "--out", place.folder / "y")
     assert (past.status, past.err) == (0, "")
@@ -145,17 +145,17 @@ def test_a_report_is_for_the_owner_of_the_folder_alone_and_never_overwrites_one(
     assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o600}
     assert {path.name for path in folder.iterdir()} == {MANIFEST, *FILES}
     before = (folder / MANIFEST).read_bytes()
-    done = place.call("evidence", "report", "--from", LAST_WEEK, "--to", TOMORROW, "--out", folder)
+    done = place.call("evidence", "report", "--from", LAST_WEEK, "--to", NEXT_WEEK, "--out", folder)
     assert "is there already" in one_line(done)
     assert (folder / MANIFEST).read_bytes() == before
 
 
 def test_by_default_the_folder_is_named_by_the_window(place, monkeypatch):
     monkeypatch.chdir(place.folder)
-    done = place.call("evidence", "report", "--from", LAST_WEEK, "--to", TOMORROW, "--json")
-    assert done.lines[0]["folder"] == f"evidence-{LAST_WEEK}-{TOMORROW}"
+    done = place.call("evidence", "report", "--from", LAST_WEEK, "--to", NEXT_WEEK, "--json")
+    assert done.lines[0]["folder"] == f"evidence-{LAST_WEEK}-{NEXT_WEEK}"
     assert done.lines[0]["exceptions"] == {}
-    assert wrong(place.folder / f"evidence-{LAST_WEEK}-{TOMORROW}") == {}
+    assert wrong(place.folder / f"evidence-{LAST_WEEK}-{NEXT_WEEK}") == {}
 
 
 def test_of_two_reports_into_one_folder_the_first_stays_and_the_other_is_one_line(place, monkeypatch):
@@ -168,7 +168,7 @@ def test_of_two_reports_into_one_folder_the_first_stays_and_the_other_is_one_lin
 
     monkeypatch.setattr(evidence, "page", meanwhile)
     before = {path.name for path in place.folder.iterdir()}
-    done = place.call("evidence", "report", "--from", LAST_WEEK, "--to", TOMORROW, "--out", place.folder / "x")
+    done = place.call("evidence", "report", "--from", LAST_WEEK, "--to", NEXT_WEEK, "--out", place.folder / "x")
     assert "is there already" in one_line(done)
     assert {path.name for path in place.folder.iterdir()} - before == {"x"}
     assert [path.name for path in (place.folder / "x").iterdir()] == ["first"]
@@ -180,12 +180,12 @@ def test_a_report_that_fails_leaves_nothing_behind(place, monkeypatch):
 
     monkeypatch.setattr(evidence, "page", fails)
     before = sorted(place.folder.iterdir())
-    done = place.call("evidence", "report", "--from", LAST_WEEK, "--to", TOMORROW, "--out", place.folder / "x")
+    done = place.call("evidence", "report", "--from", LAST_WEEK, "--to", NEXT_WEEK, "--out", place.folder / "x")
     one_line(done)
     assert sorted(place.folder.iterdir()) == before
 
 
-@pytest.mark.parametrize("window", [(TOMORROW, LAST_WEEK), (LAST_WEEK, LAST_WEEK), (TOMORROW, "2099-01-01")])
+@pytest.mark.parametrize("window", [(NEXT_WEEK, LAST_WEEK), (LAST_WEEK, LAST_WEEK), (NEXT_WEEK, "2099-01-01")])
 def test_a_window_that_holds_nothing_is_refused(place, window):
     since, until = window
     done = place.call("evidence", "report", "--from", since, "--to", until, "--out", place.folder / "x")
@@ -196,7 +196,7 @@ def test_only_the_privacy_officer_gets_a_report(place):
     place.configure(roles="roles.toml", **SHORT_LEASE)
     (place.folder / "roles.toml").write_text('[[grant]]\nuser = "somebody"\nrole = "support"\naccounts = ["*"]\n')
     ends = place.ends("audit")
-    done = place.call("evidence", "report", "--from", LAST_WEEK, "--to", TOMORROW, "--out", place.folder / "x")
+    done = place.call("evidence", "report", "--from", LAST_WEEK, "--to", NEXT_WEEK, "--out", place.folder / "x")
     assert "only the privacy officer" in one_line(done)
     assert not (place.folder / "x").exists()
     assert place.ends("audit") == ends
@@ -267,7 +267,7 @@ def test_requests_holds_keys_and_policy_are_in_it_and_what_is_overdue_is_an_exce
         ledger.add_mark(Mark("dd" * 16, "hold", "platform", (token,), "CASE-8", now_s), PERSON)
 
     place.within(note)
-    done = place.call("evidence", "report", "--from", LAST_WEEK, "--to", TOMORROW, "--out", place.folder / "x")
+    done = place.call("evidence", "report", "--from", LAST_WEEK, "--to", NEXT_WEEK, "--out", place.folder / "x")
     assert "requests_overdue: 1" in done.err
     folder = place.folder / "x"
     assert [(one["id"], one["overdue"]) for one in read(folder, "requests.json")] == [
@@ -485,7 +485,7 @@ def test_a_checkpoint_taken_out_of_a_signed_report_is_found(place):
 
 def test_an_edited_log_is_said_to_be_so_by_the_report_and_by_verify(place):
     edit_audit(place, lambda values: [value.replace(b"CASE-1", b"CASE-0") for value in values])
-    done = place.call("evidence", "report", "--from", LAST_WEEK, "--to", TOMORROW, "--out", place.folder / "x")
+    done = place.call("evidence", "report", "--from", LAST_WEEK, "--to", NEXT_WEEK, "--out", place.folder / "x")
     assert done.status == 0
     assert "exceptions, found_by_checkpoints: 1" in done.err
     folder = place.folder / "x"
@@ -570,7 +570,7 @@ def test_a_checkpoint_that_goes_while_the_report_is_made_stops_it(place, monkeyp
         return found
 
     monkeypatch.setattr(evidence, "_checkpoints", then_edit)
-    done = place.call("evidence", "report", "--from", LAST_WEEK, "--to", TOMORROW, "--out", place.folder / "x")
+    done = place.call("evidence", "report", "--from", LAST_WEEK, "--to", NEXT_WEEK, "--out", place.folder / "x")
     assert "was taken out of the log" in one_line(done)
     assert not (place.folder / "x").exists()
 

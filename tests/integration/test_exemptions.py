@@ -139,6 +139,30 @@ def test_a_worker_takes_up_what_is_given_and_withdrawn_without_a_restart(place):
     assert second["exemption"] == "purchase"
 
 
+def test_a_request_that_an_exemption_cleared_says_so_and_is_not_sent_once_it_is_withdrawn(place):
+    # Given a request to a listed number that an exemption cleared, and one to a number that is not listed
+    give(place)
+    ask = {"purpose": "marketing", "occurred_at": instant(int(time.time()))}
+    place.publish(
+        sms_request(record_id="a", recipient=LISTED, **ask), sms_request(record_id="b", recipient=FREE, **ask)
+    )
+    place.work()
+    assert {one["record_id"]: one.get("exemption") for one in place.values("cleared")} == {"a": "purchase", "b": None}
+
+    async def send(deployment):
+        log = deployment.log
+        found = [one for p in range(log.partitions) for one in await log.read("cleared", p, 0, 10)]
+        opened = await deployment.revealer().open_batch(found)
+        return {orjson.loads(one.value)["record_id"]: said.reason for one, said in zip(found, opened, strict=True)}
+
+    assert place.within(send) == {"a": None, "b": None}
+    # When it is withdrawn before they are sent / Then the first is not
+    assert place.call("exemption", "remove", LISTED, "--account", "acme").status == 0
+    assert place.within(send) == {"a": "exemption_ended", "b": None}
+    (second,) = [one for one in place.values("verdicts") if one["second"]]
+    assert (second["record_id"], second["reason"], second["clause"]) == ("a", "exemption_ended", "CAL-3")
+
+
 # --- giving and withdrawing ---------------------------------------------------------------------------------------
 
 

@@ -226,7 +226,7 @@ async def test_a_writer_that_stalls_is_ended_by_its_time_out_and_fenced(opened, 
 
 @run
 async def test_the_first_message_of_a_batch_waits_for_more(opened, topics):
-    log = opened_log(opened, topics._replace(commit_every_ms=1500))
+    log = opened_log(opened, topics._replace(commit_every_ms=4000))
     consumer = log.consumer("w")
     assert await consumer.poll(1000, 2.0) is None  # it has joined
 
@@ -234,7 +234,7 @@ async def test_the_first_message_of_a_batch_waits_for_more(opened, topics):
         for value in (b"a", b"b", b"c"):
             await log.append([Output("traffic", 0, messages(value))])
 
-    batch, _ = await asyncio.gather(consumer.poll(1000, 20.0), publish())
+    batch, _ = await asyncio.gather(consumer.poll(1000, 40.0), publish())
 
     assert [message.value for message in batch.messages] == [b"a", b"b", b"c"]
     assert len(set(batch.offsets)) == 3
@@ -243,15 +243,15 @@ async def test_the_first_message_of_a_batch_waits_for_more(opened, topics):
 
 @run
 async def test_a_full_batch_does_not_wait(opened, topics):
-    log = opened_log(opened, topics._replace(commit_every_ms=10_000))
+    log = opened_log(opened, topics._replace(commit_every_ms=600_000))
     await log.append([Output("traffic", 0, messages(*[b"x"] * 10))])
     consumer = log.consumer("w")
 
     began_s = time.monotonic()
-    batch = await consumer.poll(10, 8.0)
+    batch = await consumer.poll(10, 50.0)
 
     assert len(batch.messages) == 10
-    assert time.monotonic() - began_s < 8
+    assert time.monotonic() - began_s < 50
 
 
 @run

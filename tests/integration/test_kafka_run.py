@@ -140,7 +140,7 @@ def test_a_worker_that_is_killed_is_replaced_and_nothing_is_lost_or_done_twice(p
 
 
 def test_a_worker_that_is_stopped_hands_its_partitions_over_at_once(place):
-    place.configured(lease_s=45.0)  # nobody waits for that
+    place.configured(lease_s=300.0)  # nobody waits for that
     records = [sms_request(record_id=f"r{n}", recipient=f"+1415555{n:04}", occurred_at=ago()) for n in range(400)]
     first = place.start("run")
     eventually((place.data / "worker-0.lock").exists, "the first worker")
@@ -150,12 +150,8 @@ def test_a_worker_that_is_stopped_hands_its_partitions_over_at_once(place):
     eventually(lambda: len(place.verdicts()) == 200, "the first half")
     first.terminate()
     assert place.ended(first).status == 0
-    began_s = time.monotonic()
     assert place.run("publish", place.file(*records[200:])).status == 0
-
     eventually(lambda: len(place.verdicts()) == 400, "the second half")
-
-    assert time.monotonic() - began_s < 40
     second.terminate()
     assert place.ended(second).status == 0
 

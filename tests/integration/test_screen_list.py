@@ -1,15 +1,20 @@
 """`streamveil screen --file`: a campaign's list before it is sent, CSV in and CSV out."""
 
 import csv
+import errno
 import io
 import json
+import os
+import signal
 import time
 import tracemalloc
 from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from streams.screening import ADDED, MAX_LINE, Question, Screening
+from schemas.errors import InputInvalid
+from streams.cli.common import new_file
+from streams.screening import ADDED, CHUNK_ROWS, MAX_LINE, Question, Screening
 from tests.support.commands import SHORT_LEASE, Place, one_line
 from tests.support.records import DEFAULT_POLICY, OTHER, PERSON
 
@@ -228,6 +233,68 @@ def test_the_list_goes_to_a_new_file_that_nobody_else_reads(place):
     assert "exists" in one_line(screened(place, f"number\n{PERSON}\n", "--out", out, status=1))
     assert "without --json" in one_line(screened(place, "x", "--out", place.folder / "no", "--json", status=1))
     assert "--out is for the list" in one_line(place.call("screen", PERSON, *WORDS, "--out", place.folder / "no"))
+
+
+KILLED = """
+import os, signal
+from streams import screening
+csv = screening.Screening.csv
+
+def killed(self, file, advance):
+    for count, chunk in enumerate(csv(self, file, advance)):
+        if count == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield chunk
+
+screening.Screening.csv = killed
+"""
+
+
+def test_a_run_that_is_killed_leaves_no_list_that_looks_whole(place):
+    # Given a list of more than two chunks
+    given, out = place.folder / "list.csv", place.folder / "out.csv"
+    given.write_text("number\n" + f"{GERMAN}\n" * (2 * CHUNK_ROWS))
+    words = ("screen", "--file", given, *WORDS, "--out", out)
+    # When it is screened by a process that is killed half-way
+    assert place.run(*words, sabotage=KILLED).status == -signal.SIGKILL
+    # Then there is no list, and what was written of it is private and is not taken for one
+    part = place.folder / "out.csv.part"
+    assert not out.exists()
+    assert part.stat().st_mode & 0o777 == 0o600
+    assert "delete FILE.part" in one_line(place.call(*words))
+    assert not out.exists()
+    # and without it the same command makes the list
+    part.unlink()
+    assert place.call(*words).status == 0
+    assert len(rows(out.read_text())) == 2 * CHUNK_ROWS
+    assert not part.exists()
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_that_comes_while_a_list_is_made_is_not_lost(tmp_path, monkeypatch, links):
+    def without(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    if not links:  # as on some file systems
+        monkeypatch.setattr(os, "link", without)
+    out = tmp_path / "out.csv"
+    with pytest.raises(InputInvalid, match="exists"), new_file(str(out)):
+        out.write_text("theirs")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("out.csv", "theirs")]
+    out.unlink()
+    with new_file(str(out)) as file:
+        file.write("mine")
+        assert not out.exists()
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("out.csv", "mine")]
+
+
+@pytest.mark.parametrize("name", ["", "folder/", "none/out.csv"])
+def test_a_name_that_can_be_no_file_is_refused_before_anything_is_done(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputInvalid, match="cannot be written"), new_file(name):
+        raise AssertionError
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder"]
 
 
 def test_a_list_may_come_from_standard_input(place):

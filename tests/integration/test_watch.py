@@ -23,7 +23,10 @@ from schemas.errors import Action, Fenced, InputInvalid, LogBusy, LogUnusable
 from schemas.outbound import Message, Output
 from streams.config import load
 from streams.log.sqlite import SqliteConsumer, SqliteLog
+from streams.state.entries import SUPPRESSIONS
+from streams.state.gathering import gather
 from streams.state.reviews import SOON_S, OpenReviews, clock
+from streams.state.snapshots import Snapshots
 from streams.watch.metrics import Metrics
 from streams.watch.unread import READS, Unread
 from streams.watch.watch import denied
@@ -283,6 +286,47 @@ def test_batches_that_wait_are_counted_by_error_and_their_records_once(place, re
     assert counted(registry, "retries", error="LogBusy") == 3
     assert counted(registry, "retries", error="KeysBusy") == 0
     assert counted(registry, "records", type="request", outcome="emit", reason="") == 3
+
+
+def test_what_a_batch_needs_is_counted_as_found_in_memory_or_not(place, registry, monkeypatch):
+    def looked_up(kind):
+        return tuple(counted(registry, "key_lookups", kind=kind, outcome=outcome) for outcome in ("hit", "miss"))
+
+    # Given a request to somebody, whom a worker that begins does not know
+    place.publish(request(1))
+    assert place.work() == 1
+    assert (looked_up("persons"), looked_up("epochs")) == ((0, 1), (0, 1))
+    # When a batch is done again, by a worker that has fetched what it takes the first time
+    place.publish(request(1))
+    failing(monkeypatch, 1, LogBusy())
+    assert place.work() == 1
+    # Then all of it was in memory
+    assert (looked_up("persons"), looked_up("epochs")) == ((1, 1), (1, 1))
+
+
+def test_the_snapshots_that_a_worker_uses_are_told(place, registry, monkeypatch):
+    # Given a snapshot of an opt-out, and another opt-out since
+    assert place.call("optout", "add", "+14155550100").status == 0
+
+    async def snapshot(deployment):
+        kept = Snapshots(deployment.config.entries_dir, deployment.store.store_id)
+        return await gather(deployment.log, kept, SUPPRESSIONS, 1)
+
+    assert place.within(snapshot)
+    (made,) = place.data.glob("entries/*.entries")
+    assert place.call("optout", "add", "+14155550101").status == 0
+    # When a worker has read both
+    monkeypatch.setattr(worker_module, "LOOK_EVERY_S", 0.0)
+    place.publish(*map(request, range(3)))
+    assert place.work() == 3
+
+    # Then it tells when the one was written, and how many people it holds beside it
+    def told(name, stream):
+        return registry.get_sample_value(f"streamveil_snapshot_{name}", {"stream": stream})
+
+    assert told("timestamp_seconds", "suppressions") == pytest.approx(made.stat().st_mtime, abs=1e-3)
+    assert told("changed_people", "suppressions") == 1
+    assert (told("timestamp_seconds", "exemptions"), told("changed_people", "exemptions")) == (0, 0)
 
 
 def test_a_worker_that_is_fenced_is_counted_and_ends(place, registry, monkeypatch):

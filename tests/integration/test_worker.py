@@ -32,6 +32,18 @@ async def late(self, *args):
     await commit(self, *args)
 SqliteConsumer.commit = late
 """
+STOPS_BETWEEN_BATCHES = """
+import os, signal
+from pathlib import Path
+from streams.log.sqlite import SqliteConsumer
+poll = SqliteConsumer.poll
+async def late(self, *args):
+    if Path({flag!r}).exists():
+        SqliteConsumer.poll = poll
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return await poll(self, *args)
+SqliteConsumer.poll = late
+"""
 STOPS_IN_COMMIT = """
 import os, signal
 from streams.keys.cache import KeyCache
@@ -221,9 +233,10 @@ def test_a_zombie_is_fenced_and_repeats_nothing(place):
 
 def test_a_zombie_that_wakes_between_batches_goes_on_with_what_is_free(place):
     place.publish(request(1))
-    zombie = place.start("run")
+    flag = place.folder / "sleep"
+    zombie = place.start("run", sabotage=STOPS_BETWEEN_BATCHES.format(flag=str(flag)))
     eventually(lambda: place.committed() == 1, "it works")
-    zombie.send_signal(signal.SIGSTOP)
+    flag.touch()
     eventually(lambda: is_stopped(zombie), "it sleeps")
     place.publish(*map(request, range(2, 52)))
     assert place.work() == 50

@@ -198,6 +198,14 @@ class Place:
 
         return asyncio.run(inside())
 
+    def key_leases(self) -> list[str]:
+        """Return the processes whose leases of keys have not run out."""
+
+        async def alive(deployment):
+            return list(deployment.store.leases())
+
+        return self.within(alive)
+
     def stored(self, stream: str) -> list:
         """Return all messages of a stream with their places."""
 

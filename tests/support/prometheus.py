@@ -1,7 +1,10 @@
 """A real Prometheus and promtool from Debian's package, unpacked into a cache folder; no service is started."""
 
 import contextlib
+import itertools
 import json
+import os
+import random
 import shutil
 import socket
 import subprocess
@@ -17,6 +20,7 @@ from typing import NamedTuple
 CACHE = Path.home() / ".cache" / "streamveil-tests" / "prometheus"
 NEEDED = "these tests need Prometheus: apt-get install prometheus"
 PATIENCE_S = 60.0
+_NUMBERS = itertools.count(random.Random(os.getpid()).randrange(20_000))
 
 
 class Programs(NamedTuple):
@@ -66,10 +70,16 @@ def _told(error: Exception) -> str:
 
 
 def free_port() -> int:
-    """Return a port of the loopback that nobody listens on now."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
+    """Return a port of the loopback that nobody listens on, another one each time.
+
+    None of those that the system gives to connections, 32,768 and on: one of them could take it before it is bound,
+    or while a server that has it is stopped.
+    """
+    for number in _NUMBERS:
+        with socket.socket() as one, contextlib.suppress(OSError):
+            one.bind(("127.0.0.1", port := 10_000 + number % 20_000))
+            return port
+    raise AssertionError
 
 
 class Prometheus:

@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import ssl
 import subprocess
 import time
@@ -26,6 +25,7 @@ import pytest
 from deploy.kafka.broker import Authority
 from deploy.vault.setup import Made, Names, set_up
 from streams.config import Vault
+from tests.support.prometheus import free_port
 
 SOURCE = Path(__file__).resolve().parent / "vault_server"
 LOOPBACK = "127.0.0.1"
@@ -64,9 +64,7 @@ class Server:
         self.ca_path = authority.path
         self._pem = folder / "server.pem"
         self._pem.write_bytes(authority.issue("localhost"))
-        with socket.socket() as free:
-            free.bind((LOOPBACK, 0))
-            self.port: int = free.getsockname()[1]
+        self.port = free_port()
         self.address = f"https://{LOOPBACK}:{self.port}"
         self._process: subprocess.Popen | None = None
         self._waker: subprocess.Popen | None = None

@@ -19,6 +19,7 @@ from schemas.catalog import CATALOG
 from schemas.errors import KeysBusy, KeysUnusable, Retriable, Unsealed
 from schemas.outbound import Message, Output
 from streams.log.protocol import Batch
+from streams.state.entries import KEPT
 from streams.watch.http import Expected, Served, unready
 from streams.watch.metrics import DENIALS, TABLE, Known, Metrics, documentation, served_registry
 from streams.watch.overdue import registries_seen
@@ -340,6 +341,26 @@ def test_each_registry_of_the_policy_is_told_by_its_own_date_and_limit():
         metrics = ("as_of_timestamp_seconds", "max_age_seconds", "required", "damaged")
         found = (registry.get_sample_value(f"streamveil_registry_{metric}", {"registry": name}) for metric in metrics)
         assert tuple(found) == told
+
+
+def test_the_snapshots_of_entries_are_told_by_stream():
+    registry = CollectorRegistry()
+    metrics = Metrics(registry)
+
+    def told():
+        return {
+            stream: tuple(value(registry, f"streamveil_snapshot_{name}", stream=stream)
+                          for name in ("timestamp_seconds", "changed_people"))
+            for stream in KEPT
+        }  # fmt: skip
+
+    assert told() == {"suppressions": (0, 0), "exemptions": (0, 0)}
+    metrics.snapshot("suppressions", 5_000.0, 7)
+    metrics.snapshot("exemptions", None, 3)
+    assert told() == {"suppressions": (5_000, 7), "exemptions": (0, 3)}
+    # and no more once it is used no more
+    metrics.snapshot("suppressions", None, 0)
+    assert told() == {"suppressions": (0, 0), "exemptions": (0, 3)}
 
 
 def test_near_misses_are_told_with_the_time_of_the_look(monkeypatch):

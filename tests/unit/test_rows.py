@@ -1,9 +1,53 @@
-"""What stands in the clear beside an entry does not say whose it is."""
+"""Files of entries, page by page; and what stands in the clear beside an entry does not say whose it is."""
+
+import gc
 
 import pytest
 
 from schemas.fields import normalise
-from streams.rows import spells_out
+from streams.rows import pages, spells_out
+
+COLUMNS = ("number", "account")
+FILE = [b"\xef\xbb\xbfaccount, Number\n", b"acme,+1\n", b"\n", b" ,+2\r\n", b"acme\n", b"acme,+\xff\n", b"acme,+3"]
+
+
+def read(size, told=None):
+    """Return the pages of the file, `told` of how far each is read."""
+    advance = (lambda _: None) if told is None else told.append
+    return [[(line.number, line.given) for line in page] for page in pages(FILE, COLUMNS, ("number",), size, advance)]
+
+
+def test_a_line_has_its_number_in_the_file_whatever_the_page_and_what_is_none_says_so():
+    lines = [
+        (2, {"account": "acme", "number": "+1"}),
+        (4, {"number": "+2"}),
+        (5, None),
+        (6, None),
+        (7, {"account": "acme", "number": "+3"}),
+    ]
+    assert read(2) == [lines[:1], lines[1:3], lines[3:]]
+    assert read(100) == [lines]
+
+
+def test_bytes_are_told_once_what_was_in_them_is_done():
+    told: list[int] = []
+    walk = pages(FILE, COLUMNS, ("number",), 2, told.append)
+    next(walk)
+    assert sum(told) == len(FILE[0])
+    next(walk)
+    assert sum(told) == sum(map(len, FILE[:3]))
+    list(walk)
+    assert sum(told) == sum(map(len, FILE))
+
+
+def test_what_a_page_leaves_in_memory_is_not_looked_through_again_until_the_file_ends():
+    walk = pages(FILE, COLUMNS, ("number",), 2, lambda _: None)
+    next(walk)
+    assert gc.get_freeze_count() == 0
+    next(walk)
+    assert gc.get_freeze_count() > 0
+    walk.close()
+    assert gc.get_freeze_count() == 0
 
 
 @pytest.mark.parametrize(
