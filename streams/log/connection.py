@@ -383,7 +383,7 @@ class Connection:
                     self._check(code, topic, partition)
                     found[partition] = offset
 
-        await asyncio.gather(*[ask(node, mine) for node, mine in (await self.leaders(places)).items()])
+        await all_of([ask(node, mine) for node, mine in (await self.leaders(places)).items()])
         return found
 
     async def committed(
@@ -450,7 +450,7 @@ class Connection:
                 for part in found[1]:  # partition, its new beginning, code
                     self._check(part[2], found[0], part[0])
 
-        await asyncio.gather(*[ask(node, mine) for node, mine in (await self.leaders(list(wanted))).items()])
+        await all_of([ask(node, mine) for node, mine in (await self.leaders(list(wanted))).items()])
 
     def _check(self, code: int, topic: str, partition: int) -> None:
         if code:
@@ -466,6 +466,9 @@ async def closed(client: AIOKafkaClient) -> None:
 
 async def all_of(awaitables: Sequence[Awaitable[None]]) -> None:
     """Wait for all; raise the first error, Fenced before others, when none is under way any more."""
+    if len(awaitables) == 1:  # without a task, which takes two more turns of the loop
+        await awaitables[0]
+        return
     found = await asyncio.gather(*awaitables, return_exceptions=True)
     errors = [one for one in found if isinstance(one, BaseException)]
     if errors:

@@ -5,6 +5,7 @@ from collections import Counter
 from types import SimpleNamespace
 
 import pytest
+from aiokafka.conn import AIOKafkaConnection
 from aiokafka.protocol.produce import ProduceRequest
 from aiokafka.protocol.transaction import (
     AddOffsetsToTxnRequest,
@@ -19,7 +20,7 @@ from schemas.errors import Fenced, KeysChanged, LogBusy, LogFull, LogUnusable
 from schemas.outbound import Message
 from streams.log import fencing
 from streams.log.connection import Code, Place
-from streams.log.fencing import BATCH_BYTES, Offsets, Writer
+from streams.log.fencing import BATCH_BYTES, Offsets, Produce, Writer
 
 PLACE, OTHER = Place("verdicts", 0), Place("cdr.pii", 1)
 READ = Offsets("workers", {Place("traffic", 0): (7, "")})
@@ -27,7 +28,7 @@ LOST = "lost"
 """Instead of an answer: it was done, and nobody hears of it."""
 UNHEARD = "unheard"
 """Instead of an answer: it was not done."""
-STEPS = (AddPartitionsToTxnRequest, AddOffsetsToTxnRequest, TxnOffsetCommitRequest, ProduceRequest, EndTxnRequest)
+STEPS = (AddPartitionsToTxnRequest, AddOffsetsToTxnRequest, TxnOffsetCommitRequest, Produce, EndTxnRequest)
 
 
 class Brokers:
@@ -72,7 +73,7 @@ class Brokers:
             raise LogBusy
         if isinstance(request, InitProducerIdRequest):
             return SimpleNamespace(error_code=code, producer_id=9, producer_epoch=self.epoch)
-        if isinstance(request, ProduceRequest):
+        if isinstance(request, Produce):
             parts = [(topic, [(at, code, 0, 0, 0) for at, _ in some]) for topic, some in request._topics]
             return SimpleNamespace(topics=parts)
         if isinstance(request, (AddPartitionsToTxnRequest, TxnOffsetCommitRequest)):
@@ -83,7 +84,7 @@ class Brokers:
         if isinstance(request, InitProducerIdRequest):
             self.epoch += 1
             self.open = []
-        elif isinstance(request, ProduceRequest):
+        elif isinstance(request, Produce):
             for topic, some in request._topics:
                 for partition, data in some:
                     self.open += [(Place(topic, partition), *one) for one in unpacked(data)]
@@ -180,7 +181,7 @@ def test_more_than_a_batch_holds_goes_in_several_in_order():
     written(brokers, ({PLACE: messages(*some)}, None))
 
     assert values(brokers) == some
-    assert brokers.asked.count(ProduceRequest) > 2
+    assert brokers.asked.count(Produce) > 2
 
 
 def test_a_message_above_the_size_of_a_batch_goes_alone():
@@ -229,7 +230,7 @@ def test_a_writer_that_was_forgotten_after_a_long_silence_begins_anew():
     assert values(brokers) == [b"a"]
 
 
-@pytest.mark.parametrize("step", [one for one in STEPS if one is not ProduceRequest])
+@pytest.mark.parametrize("step", [one for one in STEPS if one is not Produce])
 @pytest.mark.parametrize(
     "answer",
     [Code.CONCURRENT_TRANSACTIONS, Code.COORDINATOR_NOT_AVAILABLE, Code.NOT_COORDINATOR, LOST, UNHEARD],
@@ -244,10 +245,106 @@ def test_what_passes_by_itself_is_asked_again(step, answer):
     assert brokers.asked.count(step) == 3
 
 
+@pytest.mark.parametrize(
+    ("answers", "looked_up"),
+    [
+        ([Code.COORDINATOR_NOT_AVAILABLE], 0),  # so it says too when it was interrupted: there is no need to look it up
+        ([Code.COORDINATOR_NOT_AVAILABLE] * 2, 1),
+        ([Code.NOT_COORDINATOR], 1),
+        ([Code.CONCURRENT_TRANSACTIONS] * 3, 0),
+    ],
+)
+def test_a_coordinator_is_looked_up_anew_when_it_is_another_one_or_not_available_twice(answers, looked_up):
+    brokers = Brokers()
+    brokers.will(TxnOffsetCommitRequest, *answers)
+
+    written(brokers, ({PLACE: messages(b"a")}, READ))
+
+    assert set(values(brokers)) == {b"a"}
+    assert brokers.calls["moved"] == looked_up
+
+
+class Waiting(Brokers):
+    """Answers a request of one kind when others were asked, and not before."""
+
+    def __init__(self, held, until):
+        super().__init__(timeout_ms=60_000)
+        self.held, self.until = held, Counter(until)
+        self.come = asyncio.Event()
+
+    async def ask_coordinator(self, _kind, _key, request):
+        return await self._after(request)
+
+    async def ask(self, _node, request):
+        return await self._after(request)
+
+    async def _after(self, request):
+        answer = self._answer(request)
+        if Counter(self.asked) >= self.until:
+            self.come.set()
+        if isinstance(request, self.held):
+            await asyncio.wait_for(self.come.wait(), 5)
+        return answer
+
+
+@pytest.mark.parametrize(
+    ("held", "until"),
+    [
+        (AddOffsetsToTxnRequest, [Produce, Produce, Produce]),
+        (AddPartitionsToTxnRequest, [TxnOffsetCommitRequest]),
+    ],
+)
+def test_records_and_offsets_do_not_wait_for_each_other(held, until):
+    some = [bytes([number]) * (BATCH_BYTES // 2) for number in range(3)]
+
+    async def run():
+        brokers = Waiting(held, until)
+        writer = Writer(brokers, "id")
+        await writer.fence()
+        await writer.write({PLACE: messages(*some)}, READ)
+        return brokers
+
+    brokers = asyncio.run(run())
+
+    assert values(brokers) == some
+    assert brokers.asked[-1] is EndTxnRequest
+
+
+@pytest.mark.parametrize("refused", STEPS[:-1])
+def test_what_is_refused_on_one_way_is_aborted_on_both(refused):
+    brokers = Brokers()
+    brokers.will(refused, 29)
+
+    with pytest.raises(LogUnusable):
+        written(brokers, ({PLACE: messages(b"a")}, READ))
+
+    assert (brokers.committed, brokers.aborted) == ([], 1)
+    assert brokers.asked[-1] is EndTxnRequest
+
+
+def test_a_request_with_records_has_the_bytes_of_aiokafkas_own():
+    several, large = [(0, bytearray(b"one")), (3, bytearray(b"two"))], [(1, bytearray(b"x" * 70_000))]
+    topics = [("verdicts", several), ("cdr.pii", large)]
+
+    async def sent(request):
+        connection, wire = AIOKafkaConnection("nowhere", 1), []
+        connection._versions = {Produce.API_KEY: (3, 13)}
+        connection._writer = SimpleNamespace(write=wire.append)
+        connection.send(request).close()  # the answer is not waited for
+        connection._writer = None
+        return wire
+
+    ours = asyncio.run(sent(Produce("workers.traffic.0", 4000, topics)))
+    theirs = asyncio.run(sent(ProduceRequest("workers.traffic.0", -1, 4000, topics)))
+
+    assert ours == theirs
+    assert type(ours[0]) is bytes
+
+
 @pytest.mark.parametrize("answer", [6, Code.REQUEST_TIMED_OUT, Code.NOT_ENOUGH_REPLICAS, UNHEARD])
 def test_records_are_sent_again_with_the_same_sequence_until_they_are_taken(answer):
     brokers = Brokers()
-    brokers.will(ProduceRequest, answer, answer)
+    brokers.will(Produce, answer, answer)
 
     written(brokers, ({PLACE: messages(b"a", b"b")}, READ))
 
@@ -256,7 +353,7 @@ def test_records_are_sent_again_with_the_same_sequence_until_they_are_taken(answ
 
 def test_records_that_the_broker_has_already_are_not_an_error():
     brokers = Brokers()
-    brokers.will(ProduceRequest, LOST, Code.DUPLICATE_SEQUENCE_NUMBER)
+    brokers.will(Produce, LOST, Code.DUPLICATE_SEQUENCE_NUMBER)
 
     written(brokers, ({PLACE: messages(b"a")}, READ))
 
@@ -269,7 +366,7 @@ def test_records_that_the_broker_has_already_are_not_an_error():
 )
 def test_what_an_operator_must_mend_ends_the_transaction_at_once(code, error):
     brokers = Brokers()
-    brokers.will(ProduceRequest, code)
+    brokers.will(Produce, code)
 
     with pytest.raises(error):
         written(brokers, ({PLACE: messages(b"a")}, READ))
@@ -307,7 +404,7 @@ def test_a_check_that_objects_aborts_and_the_writer_goes_on():
     brokers = Brokers()
 
     def objects():
-        assert ProduceRequest in brokers.asked, "checked before everything was written"
+        assert Produce in brokers.asked, "checked before everything was written"
         assert EndTxnRequest not in brokers.asked
         raise KeysChanged
 
@@ -341,4 +438,4 @@ def test_a_message_that_cannot_be_packed_writes_nothing():
         written(brokers, ({PLACE: [*messages(b"a"), Message(0, None, (), "text")]}, READ))
 
     assert brokers.committed == []
-    assert ProduceRequest not in brokers.asked
+    assert Produce not in brokers.asked
