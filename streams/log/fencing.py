@@ -196,7 +196,7 @@ class Writer:
             if not left:
                 return
             self._connection.stale()
-            await asyncio.sleep(max(pause_s, 0.02))
+            await asyncio.sleep(pause_s)  # a broker that asks the coordinator at this moment is done in one or two ms
         place = next(iter(left))
         raise LogBusy("the brokers take no records now", topic=place.topic, partition=place.partition)
 
