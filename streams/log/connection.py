@@ -80,6 +80,7 @@ class Code:
     NOT_ENOUGH_REPLICAS = 19
     NOT_ENOUGH_REPLICAS_AFTER_APPEND = 20
     INVALID_TIMESTAMP = 32
+    UNSUPPORTED_VERSION = 35
     DUPLICATE_SEQUENCE_NUMBER = 46
     INVALID_PRODUCER_EPOCH = 47
     INVALID_PRODUCER_ID_MAPPING = 49
@@ -105,7 +106,7 @@ _UNUSABLE: Final[Mapping[int, str]] = {
     30: _FORBIDDEN,
     31: _FORBIDDEN,
     Code.INVALID_TIMESTAMP: "a topic refuses the time of a record: run `streamveil streams apply`",
-    35: "the brokers do not speak this version of the protocol: use Apache Kafka 4",
+    Code.UNSUPPORTED_VERSION: "the brokers do not speak this version of the protocol: use Apache Kafka 4",
     50: "the brokers refuse `transaction_timeout_ms`: choose less than their transaction.max.timeout.ms",
     53: _FORBIDDEN,
 }
@@ -348,13 +349,18 @@ class Connection:
         self.stale()
 
     async def ask(self, node: int, request: Any, group: ConnectionGroup = ConnectionGroup.DEFAULT) -> _Answer:
-        """Send a request and return the answer. Raises LogBusy if none came; then it is not known what happened."""
+        """Send a request and return the answer. Raises LogBusy if none came; then it is not known what happened.
+
+        Raises LogUnusable if the broker takes no version of the request that is spoken here; then it was not sent.
+        """
         client = await self.client()
         try:
             answer: _Answer = await client.send(node, request, group=group)
         except (KafkaError, KeyError, OSError, TimeoutError):  # KeyError: the connection was closed meanwhile
             self.stale()
             raise LogBusy("a broker does not answer", broker=node) from None
+        except NotImplementedError:
+            raise refusal(Code.UNSUPPORTED_VERSION, broker=node) from None
         return answer
 
     async def ask_coordinator(self, kind: int, key: str, request: Any) -> _Answer:

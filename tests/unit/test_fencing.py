@@ -322,6 +322,22 @@ def test_what_is_refused_on_one_way_is_aborted_on_both(refused):
     assert brokers.asked[-1] is EndTxnRequest
 
 
+@pytest.mark.parametrize(
+    ("fenced", "refused"),
+    [(AddPartitionsToTxnRequest, AddOffsetsToTxnRequest), (AddOffsetsToTxnRequest, AddPartitionsToTxnRequest)],
+)
+def test_whoever_is_fenced_on_one_way_hears_it_whatever_is_said_on_the_other(fenced, refused):
+    brokers = Brokers()
+    brokers.will(fenced, Code.PRODUCER_FENCED)
+    brokers.will(refused, 29)
+
+    with pytest.raises(Fenced):
+        written(brokers, ({PLACE: messages(b"a")}, READ))
+
+    assert brokers.committed == []
+    assert EndTxnRequest not in brokers.asked
+
+
 def test_a_request_with_records_has_the_bytes_of_aiokafkas_own():
     several, large = [(0, bytearray(b"one")), (3, bytearray(b"two"))], [(1, bytearray(b"x" * 70_000))]
     topics = [("verdicts", several), ("cdr.pii", large)]

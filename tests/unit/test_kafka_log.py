@@ -9,6 +9,7 @@ from schemas.outbound import Message
 from streams.config import Kafka
 from streams.log import kafka as kafka_module
 from streams.log.connection import Connection, Fetched, OffsetGone, Place, _unpacked
+from streams.log.fencing import Produce
 from streams.log.kafka import KafkaLog, _Partition
 
 SETTINGS = Kafka(("127.0.0.1:1",), None, None, None, "", 1, 1, 0, 10_000)
@@ -131,3 +132,14 @@ def test_records_that_cannot_be_read_are_said_to_be_in_one_line():
         asyncio.run(run())
     assert "\n" not in str(said.value)
     assert _unpacked(b"", None, 7) == ([], [], 7)
+
+
+def test_a_broker_that_takes_no_version_that_is_spoken_here_is_said_to_be_the_wrong_one():
+    class Client:
+        async def send(self, _node, request, **_):
+            request.prepare({0: (8, 13)})
+
+    connection = Connection(SETTINGS)
+    connection._client = Client()
+    with pytest.raises(LogUnusable, match="use Apache Kafka 4"):
+        asyncio.run(connection.ask(1, Produce("id", 1000, [])))
