@@ -49,7 +49,10 @@ CLEAR_PAGE_BYTES = 4096
 """Every row body of the clear file begins with so many zeros; see the rules above."""
 IDLE_S = 0.03
 CHECKPOINT_WAIT_MS = 1000
-"""How long `forget_consumed` and `cut` wait for readers before they raise LogBusy."""
+"""How long a checkpoint waits for readers; the next call of `forget_consumed` tries again, `cut` does so itself."""
+CUT_WAIT_S = 15.0
+"""How long `cut` waits for readers in all before it raises LogBusy."""
+_CUT_PAUSE_S = 0.05
 CUT_ROWS = 50
 """So many rows are cut off in one transaction: others wait for it no longer than for a commit."""
 
@@ -441,7 +444,7 @@ class SqliteLog:
 
         Whole rows only, a few in each transaction, and in between as much time for others. What stands in the clear
         there is overwritten, tokens among it; what is sealed is as good as that, for its keys are dead. Raises
-        LogBusy if somebody reads for over a second: then the rows are gone, but the WAL keeps their bytes for a while.
+        LogBusy if somebody reads for over `CUT_WAIT_S`: the rows are gone then, but the WAL keeps their bytes.
         """
         if stream in INPUTS:
             raise ValueError("an input stream is cut by those who consume it")
@@ -458,8 +461,15 @@ class SqliteLog:
                 if rows < CUT_ROWS:
                     break
                 await asyncio.sleep(time.monotonic() - began_s)
-        if gone:
-            self._main.truncate_wal()
+        deadline_s = time.monotonic() + CUT_WAIT_S
+        while gone:
+            try:
+                self._main.truncate_wal()
+                break
+            except LogBusy:
+                if time.monotonic() > deadline_s:
+                    raise
+            await asyncio.sleep(_CUT_PAUSE_S)
         return await self.begin_offsets(stream)
 
     def consumer(self, worker_id: str) -> "SqliteConsumer":

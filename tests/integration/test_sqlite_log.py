@@ -257,6 +257,27 @@ def test_pages_that_sqlite_rearranged_keep_no_copy_of_consumed_input(opened, pat
     asyncio.run(scenario())
 
 
+def test_a_cut_waits_until_a_reader_is_out_of_its_way(opened, path, monkeypatch):
+    monkeypatch.setattr(sqlite, "CHECKPOINT_WAIT_MS", 1)
+
+    async def scenario():
+        log = opened(path)
+        await append(log, "content", canary(1))
+        reader = sqlite3.connect(path, isolation_level=None)
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM rows").fetchall()
+
+        async def leaves():  # begins once the cut has met the reader and waits
+            reader.execute("ROLLBACK")
+            reader.close()
+
+        begins, _ = await asyncio.gather(log.cut("content", [1, 0, 0, 0]), leaves())
+        assert begins[0] == 1
+        assert canary(1) not in path.with_name("log.db-wal").read_bytes()
+
+    asyncio.run(scenario())
+
+
 def test_a_reader_that_blocks_the_checkpoint_delays_only_the_last_step(opened, path, monkeypatch):
     monkeypatch.setattr(sqlite, "CHECKPOINT_WAIT_MS", 1)
 
