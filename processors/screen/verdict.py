@@ -359,12 +359,7 @@ class Screen:
         entries = self._exemptions.get(subject.token)
         if entries is None:
             return None
-        scope = f"account:{subject.account_id}"
-        ends_s = {
-            rule.class_: state.event_s
-            for rule, state in entries.items()
-            if state.out and self._now_s < state.event_s and rule.channel == subject.channel and rule.scope == scope
-        }
+        ends_s = in_force(entries, subject.account_id, subject.channel, self._now_s)
         return next((_Exemption(kind, max(ends_s.values())) for kind in EXEMPTION_KINDS if kind in ends_s), None)
 
     def _allows(self, account: Account, subject: Subject, regions: frozenset[str]) -> bool:
@@ -423,6 +418,16 @@ def _refuse(
     if trace is not None:
         trace.append(Asked(rule, clause, REFUSE))
     return Verdict(reason, clause, codes, None, defer_until_s)
+
+
+def in_force(exemptions: Entries, account_id: str, channel: str, now_s: int) -> dict[str, int]:
+    """Return the exemptions of a person that lift rules for an account on a channel: kind → when it ends (Unix s)."""
+    scope = f"account:{account_id}"
+    return {
+        rule.class_: state.event_s
+        for rule, state in exemptions.items()
+        if state.out and now_s < state.event_s and rule.channel == channel and rule.scope == scope
+    }
 
 
 def suppressed(subject: Subject, view: View, blocked: Mapping[str, Container[str]], now_s: int) -> Verdict | None:

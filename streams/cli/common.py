@@ -1,17 +1,22 @@
 """What several commands share: numbers from standard input, notes, tables, a progress bar."""
 
+import argparse
 import errno
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import TYPE_CHECKING, BinaryIO, Protocol, TextIO, TypeVar
 
 import orjson
 
 from schemas.errors import InputInvalid
+from streams.config import load
 from streams.files import open_file
+
+if TYPE_CHECKING:
+    from streams.deployment import Deployment
 
 STDIN = "-"
 _EXISTS = "FILE exists; name one that does not"
@@ -106,6 +111,29 @@ def _appear(part: str, path: Path) -> None:
         if os.path.lexists(path):
             raise InputInvalid(_EXISTS) from None
         Path(part).rename(path)
+
+
+class Followed(Protocol):
+    """Entries of a stream, such as opt-outs, that are read to their end before they are asked or changed."""
+
+    async def catch_up(self) -> None:
+        """Read the stream to its end."""
+
+
+_Followed = TypeVar("_Followed", bound=Followed)
+
+
+@asynccontextmanager
+async def caught_up(
+    args: argparse.Namespace, make: "Callable[[Deployment], _Followed]", *, create: bool
+) -> AsyncIterator[_Followed]:
+    """Open the deployment, or with `create` make one, and give what is made of it, read to its end."""
+    from streams.deployment import Deployment
+
+    async with Deployment.open(load(args), create=create) as deployment:
+        entries = make(deployment)
+        await entries.catch_up()
+        yield entries
 
 
 def size_bytes(name: str) -> int | None:

@@ -3,14 +3,12 @@
 import argparse
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, get_args
 
 from schemas.inbound import Channel
 from schemas.policy import ExemptionKind
-from streams.cli.common import bar, number, opened, plain, print_json, print_table, say, size_bytes, skipping
-from streams.config import load
+from streams.cli.common import bar, caught_up, number, opened, plain, print_json, print_table, say, size_bytes, skipping
 
 if TYPE_CHECKING:
     from streams.exemptions import Entry, Exemptions
@@ -53,16 +51,11 @@ def _entry(args: argparse.Namespace) -> "Entry":
     return Entry(number(args.number), **told)
 
 
-@asynccontextmanager
-async def _opened(args: argparse.Namespace, *, create: bool = False) -> AsyncIterator["Exemptions"]:
+def _opened(args: argparse.Namespace, *, create: bool = False) -> "AbstractAsyncContextManager[Exemptions]":
     """Open the deployment, or with `create` make one, and give its exemptions, read to their end."""
-    from streams.deployment import Deployment
     from streams.exemptions import Exemptions
 
-    async with Deployment.open(load(args), create=create) as deployment:
-        exemptions = Exemptions(deployment)
-        await exemptions.catch_up()
-        yield exemptions
+    return caught_up(args, Exemptions, create=create)
 
 
 def _add(args: argparse.Namespace) -> int:

@@ -4,12 +4,23 @@ import argparse
 import asyncio
 import csv
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, get_args
 
 from schemas.inbound import Channel, SuppressionClass
-from streams.cli.common import bar, new_file, number, opened, plain, print_json, print_table, say, size_bytes, skipping
+from streams.cli.common import (
+    bar,
+    caught_up,
+    new_file,
+    number,
+    opened,
+    plain,
+    print_json,
+    print_table,
+    say,
+    size_bytes,
+    skipping,
+)
 from streams.config import load
 
 if TYPE_CHECKING:
@@ -47,16 +58,11 @@ def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
     exporting.set_defaults(run=_export)
 
 
-@asynccontextmanager
-async def _opened(args: argparse.Namespace, *, create: bool = False) -> AsyncIterator["OptOuts"]:
+def _opened(args: argparse.Namespace, *, create: bool = False) -> "AbstractAsyncContextManager[OptOuts]":
     """Open the deployment, or with `create` make one, and give its opt-outs, read to their end."""
-    from streams.deployment import Deployment
     from streams.optout import OptOuts
 
-    async with Deployment.open(load(args), create=create) as deployment:
-        opt_outs = OptOuts(deployment)
-        await opt_outs.catch_up()
-        yield opt_outs
+    return caught_up(args, OptOuts, create=create)
 
 
 def _add(args: argparse.Namespace) -> int:

@@ -25,7 +25,7 @@ from processors.pipeline import render_verdict
 from processors.plan import Planner
 from processors.retention import instant
 from processors.screen.suppression import Tokens, View, covering_scopes
-from processors.screen.verdict import NOBODY, Subject, Verdict, blocked_by, suppressed
+from processors.screen.verdict import NOBODY, Subject, Verdict, blocked_by, in_force, suppressed
 from schemas.catalog import CATALOG
 from schemas.errors import InputInvalid, RevealDenied, TokensChange
 from schemas.fields import NO_REASON, PrivacyClass, classes_of, is_reason, normalise
@@ -311,8 +311,10 @@ class Revealer:
             scopes = covering_scopes(account_id, sender, fields.get("campaign_id"), seen.tokens)
             subject = Subject(account_id, party, token, channel, sealed.fields["purpose"], None, False, None, scopes)
             found = suppressed(subject, seen.opt_outs, blocked_by(self._planner.policy), now_s)
-        if found is None and EXEMPTION in sealed.fields and not _exempt(seen, token, account_id, channel, now_s):
-            return _EXEMPTION_ENDED
+        if found is None and EXEMPTION in sealed.fields:
+            exemptions = None if token is None else seen.exemptions.get(token)
+            if not in_force(exemptions or {}, account_id, channel, now_s):
+                return _EXEMPTION_ENDED
         return found
 
     def _second_verdict(self, sealed: Sealed, why: Verdict, now_s: int) -> Message:
@@ -338,15 +340,6 @@ class Revealer:
                 denied=sum(one.denied is not None for one in here),
                 sids=list(sids),
             )
-
-
-def _exempt(seen: _Seen, token: bytes | None, account_id: str, channel: str, now_s: int) -> bool:
-    """Return whether an exemption of an account and person is in force on a channel, of whichever kind."""
-    entries = None if token is None else seen.exemptions.get(token)
-    return any(
-        state.out and now_s < state.event_s and rule.channel == channel and rule.scope == f"account:{account_id}"
-        for rule, state in (entries or {}).items()
-    )
 
 
 def _sids(parts: Iterable[Part]) -> Collection[str]:

@@ -359,7 +359,7 @@ class Connection:
         except (KafkaError, KeyError, OSError, TimeoutError):  # KeyError: the connection was closed meanwhile
             self.stale()
             raise LogBusy("a broker does not answer", broker=node) from None
-        except NotImplementedError:
+        except NotImplementedError:  # so aiokafka says that it and the broker have no version in common
             raise refusal(Code.UNSUPPORTED_VERSION, broker=node) from None
         return answer
 

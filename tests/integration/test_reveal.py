@@ -844,24 +844,28 @@ def test_who_is_nobody_any_more_has_no_exemption(place):
     assert sorted(str(one.reason) for one in batch(place)) == ["None", "exemption_ended"]
 
 
-def test_exemptions_are_read_where_a_verdict_rested_on_one_and_nothing_opens_without_them(place, monkeypatch):
-    read = SqliteLog.end_offsets
+def blind_to(hidden, read=SqliteLog.end_offsets):
+    """Return an `end_offsets` that cannot see one stream."""
 
     async def blind(self, stream):
-        if stream == "exemptions":
+        if stream == hidden:
             raise LogBusy
         return await read(self, stream)
 
+    return blind
+
+
+def test_exemptions_are_read_where_a_verdict_rested_on_one_and_nothing_opens_without_them(place, monkeypatch):
     assert place.call(*GIVE, "acme", "--kind", "purchase").status == 0
     place.publish(sms_request(record_id="q0", recipient=PERSON, occurred_at=ago()))
     place.work()
     with monkeypatch.context() as patched:
-        patched.setattr(SqliteLog, "end_offsets", blind)
+        patched.setattr(SqliteLog, "end_offsets", blind_to("exemptions"))
         assert states(batch(place)) == ["revealed"]
     exempted(place)
     noted = place.ends("audit")
     with monkeypatch.context() as patched:
-        patched.setattr(SqliteLog, "end_offsets", blind)
+        patched.setattr(SqliteLog, "end_offsets", blind_to("exemptions"))
         with pytest.raises(LogBusy):
             batch(place)
     assert place.ends("audit") == noted
@@ -899,14 +903,7 @@ def test_of_nothing_comes_nothing(place):
 
 
 def test_while_the_suppressions_cannot_be_read_nothing_is_opened(full, monkeypatch):
-    read = SqliteLog.end_offsets
-
-    async def blind(self, stream):
-        if stream == "suppressions":
-            raise LogBusy
-        return await read(self, stream)
-
-    monkeypatch.setattr(SqliteLog, "end_offsets", blind)
+    monkeypatch.setattr(SqliteLog, "end_offsets", blind_to("suppressions"))
     with pytest.raises(LogBusy):
         batch(full)
     monkeypatch.undo()
