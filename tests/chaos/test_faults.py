@@ -45,11 +45,12 @@ def test_nothing_is_lost_doubled_or_leaked(name, clusters, tmp_path):
 
 UNFENCED = """
 import secrets
-from streams.log.fencing import Writer
-named = Writer.__init__
-Writer.__init__ = lambda self, connection, name: named(self, connection, name + secrets.token_hex(4))
+from streams.log import fencing
+named, pauses = fencing.Writer.__init__, fencing._pauses
+fencing.Writer.__init__ = lambda self, connection, name: named(self, connection, name + secrets.token_hex(4))
+fencing._pauses = lambda deadline_s: pauses(float("inf"))
 """
-"""Every writer has a transactional id of its own, so nobody fences anybody."""
+"""Every writer has a transactional id of its own, so nobody fences anybody; and none gives up because it slept long."""
 OFFSETS_FIRST = """
 import secrets
 from streams.log.fencing import Writer
