@@ -21,10 +21,11 @@ from functools import lru_cache
 from hashlib import sha256
 from typing import Any, NamedTuple
 
+import msgspec
 import orjson
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from pybase64 import b64decode, b64encode
+from pybase64 import b64decode, b64encode, b64encode_as_string
 
 VERSION = 1
 SEAL_ID_BYTES = 16
@@ -60,7 +61,7 @@ class KeyId(NamedTuple):
         return KeyId(domain, owner, epoch, int(version))
 
 
-class Part(NamedTuple):
+class Part(msgspec.Struct, frozen=True, gc=False):
     """One ciphertext of a value: field group, epoch key, sid (or salt), and the box as it stands."""
 
     group: str
@@ -69,7 +70,7 @@ class Part(NamedTuple):
     box: str
 
 
-class Sealed(NamedTuple):
+class Sealed(msgspec.Struct, frozen=True, gc=False):
     """A value taken apart: its account, its parts and the exact bytes of its clear envelope."""
 
     account: str
@@ -152,7 +153,7 @@ def open_box(cipher: AESGCM, head: bytes, part: Part, envelope: bytes) -> bytes:
     """Return the plaintext of a part. Raises ValueError if one bit of part or envelope is not as it was sealed."""
     try:
         box = b64decode(part.box, validate=True)
-        if b64encode(box).decode() != part.box:
+        if b64encode_as_string(box) != part.box:
             raise ValueError("not the one way to write these bytes")
         seal_id, nonce = box[:SEAL_ID_BYTES], box[SEAL_ID_BYTES : SEAL_ID_BYTES + NONCE_BYTES]
         bound = aad(head, seal_id, part.sid.encode(), key_frame(part.key), envelope)
@@ -181,9 +182,10 @@ def take_apart(value: bytes) -> Sealed:
             raise ValueError("not a sealed value of this version")
         parts = []
         for part in fields["sealed"]:
-            parts.append(Part(part["group"], part["key"], part["sid"], part.pop("box")))
-            if len(part) != 3 or not all(isinstance(text, str) for text in parts[-1]):
+            group, key, sid, box = part["group"], part["key"], part["sid"], part.pop("box")
+            if len(part) != 3 or not type(group) is type(key) is type(sid) is type(box) is str:
                 raise ValueError("not a sealed part")
+            parts.append(Part(group, key, sid, box))
         if len(parts) > 1 and len({b64decode(part.box[:24])[:SEAL_ID_BYTES] for part in parts}) > 1:
             raise ValueError("parts of different values")
         account = fields.get("account_id") or ""

@@ -16,8 +16,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any, NamedTuple
 
+import msgspec
 import orjson
 
 from processors.exemption import WITHDRAWN
@@ -82,7 +84,7 @@ class Revealed(NamedTuple):
         return f"Revealed({self.state.value})"
 
 
-class _Asked(NamedTuple):
+class _Asked(msgspec.Struct, frozen=True, gc=False):
     """A message, its value taken apart (None: it cannot be), why it is not opened, and its corrections."""
 
     message: Stored
@@ -190,7 +192,7 @@ class Revealer:
             if message.stream == CLEARED and sealed is not None:
                 why = _RESTRICTED if one.denied == _RESTRICTED.reason else None
                 if result.state is _REVEALED and seen is not None:
-                    why = self._forbidden(sealed, result.fields, now_s, seen)
+                    why = self._forbidden(sealed, result.fields, now_s, now_at, seen)
                 if why is not None:
                     result = Revealed(State.DENIED, {}, (), why.reason)
                     refusals.setdefault(message.partition, []).append(self._second_verdict(sealed, why, now_s))
@@ -263,7 +265,7 @@ class Revealer:
         for number, one in enumerate(asked):
             here = (one.message.stream, one.message.partition, one.message.offset)
             stored = [await self._correction(one.message, offset) for offset in found.get(here, ())]
-            asked[number] = one._replace(corrections=tuple(self._taken(stored)))
+            asked[number] = msgspec.structs.replace(one, corrections=tuple(self._taken(stored)))
         return asked
 
     async def _correction(self, of: Stored, offset: int) -> Stored:
@@ -275,11 +277,11 @@ class Revealer:
 
     def _unless_restricted(self, asked: list[_Asked]) -> list[_Asked]:
         """Return what is asked for, denied where a part is of a restricted person and this is not the officer."""
-        restricted = self._store.restricted(_sids(part for one in asked for part in one.parts))
+        restricted = self._store.restricted({part.sid for one in asked for part in one.parts})
         if not restricted:
             return asked
         return [
-            one._replace(denied=_RESTRICTED.reason)
+            msgspec.structs.replace(one, denied=_RESTRICTED.reason)
             if not restricted.isdisjoint(part.sid for part in one.parts) and not self._is_officer_for(one.sealed)
             else one
             for one in asked
@@ -293,9 +295,11 @@ class Revealer:
             for grant in self._principal.grants
         )
 
-    def _forbidden(self, sealed: Sealed, fields: Mapping[str, Any], now_s: int, seen: _Seen) -> Verdict | None:
+    def _forbidden(
+        self, sealed: Sealed, fields: Mapping[str, Any], now_s: int, now_at: str, seen: _Seen
+    ) -> Verdict | None:
         """Return the refusal of an opened request that must not be sent any more, if so."""
-        if instant(now_s) > sealed.fields["not_after"]:
+        if now_at > sealed.fields["not_after"]:
             return Verdict("too_late", "REG-3")
         account_id = sealed.account
         plan = self._planner.plan(account_id, now_s)
@@ -435,6 +439,7 @@ def _secret(sid: str, persons: Mapping[str, Any]) -> bytes | Gone | None:
     return Gone.ABSENT if _SID.fullmatch(sid) else None
 
 
+@lru_cache(maxsize=64)
 def _domain_of(stream: str) -> str | None:
     row = CATALOG.get(stream)
     return row.domain.value if row is not None and row.domain is not None else None

@@ -10,6 +10,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from msgspec.structs import replace
 
 from processors.keyring import EpochKey, EpochRef, KeyRing, PersonRef, PersonSecret
 from processors.plan import Planner
@@ -345,7 +346,7 @@ def test_one_ciphertext_is_written_in_one_way_only(size):
     for at in (0, 20, last):
         for letter in alphabet.replace(box[at], ""):
             with pytest.raises(ValueError):  # Then it does not open
-                open_box(cipher, head, part._replace(box=box[:at] + letter + box[at + 1 :]), envelope)
+                open_box(cipher, head, replace(part, box=box[:at] + letter + box[at + 1 :]), envelope)
 
 
 def test_a_part_opens_under_its_own_stream_account_group_sid_key_and_envelope_only():
@@ -364,9 +365,9 @@ def test_a_part_opens_under_its_own_stream_account_group_sid_key_and_envelope_on
         (aad_head("cdr.pii", "acme", "acme", "primary"), part, sealed.envelope),
         (aad_head("cdr.pii", "platform", "other", "primary"), part, sealed.envelope),
         (aad_head("cdr.pii", "platform", "acme", "other"), part, sealed.envelope),
-        (head, part._replace(sid=other.sid), sealed.envelope),
-        (head, part._replace(key="pii/platform/2026-11/2"), sealed.envelope),
-        (head, part._replace(box=other.box), sealed.envelope),
+        (head, replace(part, sid=other.sid), sealed.envelope),
+        (head, replace(part, key="pii/platform/2026-11/2"), sealed.envelope),
+        (head, replace(part, box=other.box), sealed.envelope),
         (head, part, sealed.envelope + b" "),
         (head, part, sealed.envelope.replace(b"2026-11", b"2026-12")),
         (head, part, b""),
