@@ -10,7 +10,7 @@ from benchmarks.common import SMOKE, machine, results
 CASES = ("stages", "pipeline", "keys", "log", "reveal", "memory", "campaign")
 """Without names these run; `kafka` is a matter of half an hour, `officer`, `screening` and `registry` of some minutes
 and 4 to 12 GB of disk."""
-ALL = (*CASES, "screening", "registry", "suppressions", "officer", "kafka")
+ALL = (*CASES, "screening", "registry", "suppressions", "propagation", "officer", "kafka")
 
 
 def main() -> int:

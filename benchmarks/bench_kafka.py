@@ -1,6 +1,6 @@
-"""On a real broker: passing through, the full pipeline, fixed rates up to saturation, commit intervals, and memory.
+"""On a real broker: passing through, the full pipeline, fixed rates to saturation, commit intervals, opt-outs, memory.
 
-`python -m benchmarks.bench_kafka [--smoke] [PART…]`, parts: cost, rates, commit, memory. The broker, the worker and
+`python -m benchmarks.bench_kafka [--smoke] [PART…]`, parts: cost, rates, commit, propagation, memory. The broker, the worker and
 what makes the load share one machine, so the wall times say what this machine can do; CPU per record is the client's
 alone (user and system time of the worker's process, all threads).
 """
@@ -20,6 +20,7 @@ from pathlib import Path
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
 
+from benchmarks.bench_propagation import propagation
 from benchmarks.common import KINDS, SEED, SMOKE, report, results, rss_mib
 from benchmarks.flow import pass_through, publish, sizes
 from deploy.kafka.broker import Cluster
@@ -28,12 +29,12 @@ from streams.config import Config, load
 from streams.log.provision import apply
 from streams.worker.supervisor import run_one
 
-PARTS = ("cost", "rates", "commit", "memory")
+PARTS = ("cost", "rates", "commit", "propagation", "memory")
 RECORDS = 4000 if SMOKE else 100_000
 SECONDS = 1 if SMOKE else 20
 RATES = (500,) if SMOKE else (5_000, 10_000, 15_000, 18_000, 20_000, 25_000, 30_000, 35_000)
 COMMIT_EVERY_MS = (20,) if SMOKE else (0, 5, 20, 50, 100, 200)
-MEMORY_RECORDS = 20_000 if SMOKE else 10_000_000
+MEMORY_RECORDS = 4_000 if SMOKE else 10_000_000
 PEOPLE = 5_000
 CHUNKS = 2 if SMOKE else 20
 COSTS = (
@@ -75,7 +76,7 @@ class Meter:
 
 def cost(folder: str, cluster: Cluster) -> None:
     """Requests and CDRs apart, people known and all new, each against passing the same bytes through."""
-    for number, (kind, people) in enumerate(COSTS[1:3] if SMOKE else COSTS):
+    for number, (kind, people) in enumerate(COSTS[2:3] if SMOKE else COSTS):
         full = deployment(folder, cluster, f"full{number}")
         if people != RECORDS:  # known: their secrets are in the store; the process reads each once
             asyncio.run(publish(full, kind, people, people))
@@ -226,6 +227,12 @@ def commit(folder: str, cluster: Cluster) -> None:
             report([{"case": "sms request", "commit_every_ms": every_ms, **row}])
 
 
+def opt_outs(folder: str, cluster: Cluster) -> None:
+    """How soon an opt-out counts at two busy workers."""
+    deployment(folder, cluster, "propagation")
+    report(propagation(Path(folder) / "propagation" / "streamveil.toml"))
+
+
 # --- memory -------------------------------------------------------------------------------------------------
 
 
@@ -285,7 +292,7 @@ def bound(config: Config, settings: dict[str, str]) -> None:
 def main() -> None:
     chosen = [name for name in sys.argv[1:] if not name.startswith("-")] or list(PARTS)
     parts: dict[str, Callable[[str, Cluster], None]] = {
-        "cost": cost, "rates": rates, "commit": commit, "memory": memory,
+        "cost": cost, "rates": rates, "commit": commit, "propagation": opt_outs, "memory": memory,
     }  # fmt: skip
     with (
         tempfile.TemporaryDirectory(dir=results()) as folder,

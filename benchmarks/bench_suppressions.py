@@ -1,7 +1,7 @@
-"""Opt-outs of a country: size, look-ups, start and renewal of a snapshot of 50 million, and how soon an opt-out counts.
+"""Opt-outs of a country: size, look-ups, start and renewal of a snapshot of 50 million.
 
 The snapshot comes from seeded random tokens through the writer that a merge uses; one entry a person, which is the worst
-for buckets and filter. `--quick` takes 5 million. The propagation runs two workers over a backlog of CDRs on SQLite.
+for buckets and filter. `--quick` takes 5 million.
 """
 
 import asyncio
@@ -13,33 +13,25 @@ import subprocess
 import sys
 import tempfile
 import time
-from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.common import SEED, SMOKE, report, results
-from benchmarks.flow import publish
 from processors.screen.entries import BLOCKS, Meta, Snapshot, build
 from processors.screen.suppression import Change, Rule, Suppressions, record_key
 from schemas.catalog import partition_for
 from schemas.outbound import Message, Output
-from streams.config import load
-from streams.deployment import Deployment
 from streams.log.sqlite import SqliteLog
-from streams.optout import Entry, OptOuts
 from streams.state.entries import SUPPRESSIONS, EntryTail
 from streams.state.gathering import gather
 from streams.state.snapshots import Snapshots
-from streams.worker.supervisor import run_one
 
 QUICK = "--quick" in sys.argv
 ROWS = 50_000 if SMOKE else 5_000_000 if QUICK else 50_000_000
 CHANGED = 1_000 if SMOKE else 100_000
 LOOKUPS = 2_000 if SMOKE else 200_000
-SAMPLES = 4 if SMOKE else 60 if QUICK else 300
-BACKLOG = 4_000 if SMOKE else 200_000
 STORE = "bench"
 RULES = [
     Rule(scope, class_, channel, "person")
@@ -247,122 +239,6 @@ def renewal(folder: Path, log: SqliteLog) -> list[dict[str, object]]:
     ]  # fmt: skip
 
 
-# --- how soon an opt-out counts -----------------------------------------------------------------------------------------
-
-
-def busy(config: Path, told: Path) -> None:
-    """A worker that notes when it knows of an opt-out, and when it last committed a batch without that.
-
-    In between it may wait for something else, and clears nothing.
-    """
-    apply, merge = Suppressions.apply, Suppressions.merge
-    seen: set[bytes] = set()
-    last_s = 0.0
-
-    def noting(self, token, *args, **more):
-        apply(self, token, *args, **more)
-        if token not in seen:
-            seen.add(token)
-            out.write(f"knows {token.hex()} {time.time()} {last_s}\n")
-
-    def committed(self, overlay):
-        nonlocal last_s
-        merge(self, overlay)
-        last_s = time.time()
-        for token in overlay.changed:
-            if token not in seen:
-                seen.add(token)
-                out.write(f"committed {token.hex()} {last_s} {last_s}\n")
-
-    Suppressions.apply, Suppressions.merge = noting, committed
-    with told.open("w", buffering=1) as out:
-        asyncio.run(run_one(load(Namespace(config=str(config), log=None)), until_idle=False))
-
-
-def propagation(folder: Path) -> list[dict[str, object]]:
-    """Return how long after its acknowledgement every worker knows an opt-out, while all have more than enough to do."""
-    path = folder / "streamveil.toml"
-    path.write_text('log = "sqlite:///data/log.db"\nbatch_records = 2000\n')
-    config = load(Namespace(config=str(path), log=None))
-    told = [folder / f"worker-{number}" for number in (1, 2)]
-    delays: dict[str, list[tuple[float, float]]] = {"add": [], "STOP": []}
-
-    async def run() -> int:
-        async with Deployment.open(config) as deployment:
-            opt_outs = OptOuts(deployment)
-            await publish(config, "sms cdr", 50_000, BACKLOG)
-            workers = [_child("--busy", path, one) for one in told]
-            try:
-                await _until(lambda: all(one.exists() for one in told))
-                consumer = deployment.log.consumer("looks")
-                asked: dict[str, tuple[str, float]] = {}
-                people = iter(range(10**9))
-                while len(asked) < SAMPLES:
-                    ends = sum(await deployment.log.end_offsets("traffic.cdr"))
-                    if ends - sum(await consumer.committed_offsets("traffic.cdr")) < BACKLOG / 2:
-                        await publish(config, "sms cdr", 50_000, BACKLOG)
-                    number = f"+49151{next(people):08}"
-                    token = deployment.tokens.of(number).hex()
-                    if len(asked) % 2:
-                        await opt_outs.catch_up()
-                        await opt_outs.add([Entry(number)], int(time.time()))
-                        asked[token] = ("add", time.time())
-                    else:
-                        asked[token] = ("STOP", 0.0)
-                        await _stop(deployment.log, number)
-                    await asyncio.sleep(0.05 + random.random() * 0.1)
-                await _until(lambda: _missing(told, asked) == 0)
-            finally:
-                for worker in workers:
-                    worker.terminate()
-                    worker.communicate()
-        for token, (how, acknowledged_s) in asked.items():
-            lines = [line.split() for one in told for line in one.read_text().splitlines() if token in line]
-            since_s = acknowledged_s or min(float(at) for what, _, at, _ in lines if what == "committed")
-            others = [(float(at), float(last)) for what, _, at, last in lines if what == "knows"]
-            delays[how].append(
-                (max([0.0, *(last - since_s for _, last in others)]), max([0.0, *(at - since_s for at, _ in others)]))
-            )
-        return len(asked)
-
-    asyncio.run(run())
-    rows = []
-    for what, found in (("acknowledgement (optout add)", delays["add"]), ("commit (STOP)", delays["STOP"])):
-        last, known = (np.array(column) * 1e3 for column in zip(*found, strict=True))
-        rows.append({
-            "case": f"an opt-out counts at every one of 2 busy workers, from its {what}", "samples": len(found),
-            "last_batch_without_it_p50_ms": round(float(np.percentile(last, 50))),
-            "last_batch_without_it_p99_ms": round(float(np.percentile(last, 99))),
-            "known_p50_ms": round(float(np.percentile(known, 50))),
-            "known_p99_ms": round(float(np.percentile(known, 99))), "known_max_ms": round(known.max()),
-            "load": round(os.getloadavg()[0], 1),
-        })  # fmt: skip
-    return rows
-
-
-async def _stop(log: SqliteLog, number: str) -> None:
-    at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    value = json.dumps({
-        "v": 1, "type": "cdr", "record_id": f"stop-{os.urandom(6).hex()}", "account_id": "acme-retail", "direction": "mo", "channel": "sms",
-        "occurred_at": at, "sender": number, "recipient": "12345", "content": "STOP",
-    })  # fmt: skip
-    message = Message(int(time.time() * 1000), number.encode(), (), value.encode())
-    await log.append([Output("traffic", partition_for(number.encode(), log.partitions), [message])])
-
-
-def _missing(told: list[Path], asked: dict[str, tuple[str, float]]) -> int:
-    known = [{line.split()[1] for line in one.read_text().splitlines() if line.count(" ") == 3} for one in told]
-    return sum(token not in one for token in asked for one in known)
-
-
-async def _until(is_so) -> None:
-    deadline_s = time.monotonic() + 120
-    while not is_so():
-        if time.monotonic() > deadline_s:
-            raise TimeoutError("the workers do not answer")
-        await asyncio.sleep(0.1)
-
-
 def main() -> None:
     with tempfile.TemporaryDirectory(dir=results()) as name:
         folder = Path(name)
@@ -379,12 +255,10 @@ def main() -> None:
         report(renewal(folder, log))
         asyncio.run(log.close())
         path.unlink()
-        (folder / "run").mkdir()
-        report(propagation(folder / "run"))
 
 
 if __name__ == "__main__":
-    for flag, work in (("--worker", ready), ("--renew", renew), ("--busy", busy)):
+    for flag, work in (("--worker", ready), ("--renew", renew)):
         if flag in sys.argv:
             work(*map(Path, sys.argv[sys.argv.index(flag) + 1 :]))
             sys.exit(0)

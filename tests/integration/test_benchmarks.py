@@ -17,6 +17,7 @@ CASES = (
     "campaign",
     "screening",
     "suppressions",
+    "propagation",
     "officer",
     "kafka",
 )
