@@ -91,7 +91,7 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     roles: str | None = None
     kms: str | None = None
     partitions: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 4
-    batch_records: _Count = 2000
+    batch_records: _Count = 4000
     lease_s: _Lease | None = None
     key_lease_s: _Lease = 30.0
     kafka: _KafkaTable = _KafkaTable()

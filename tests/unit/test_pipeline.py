@@ -28,6 +28,7 @@ from tests.support.records import (
     outcome,
     policy_of,
     preference,
+    raw,
     reply,
     run,
     sms_cdr,
@@ -525,6 +526,40 @@ BILLED = {
     "purpose": "otp", "country": "DE", "mcc": "262", "mnc": "07", "route": "gold-1", "status": "DELIVRD",
     "price": {"amount": "0.07100", "currency": "EUR"},
 }  # fmt: skip
+
+
+def one_after_the_other(pipeline, batches):
+    """The anonymous values of each batch, in its order, all by one pipeline."""
+    found = []
+    for number, values in enumerate(batches):
+        inbox = Inbox("traffic.cdr", 0, 100 * number, [raw(value) for value in values])
+        prepared = pipeline.prepare(inbox, Suppressions(), Lists(), NOW_S)
+        outputs = pipeline.complete(prepared, a_ring(prepared.needs), Entropy(SEED), 4, shuffle=False)
+        found.append([one.value for output in outputs if output.stream == "cdr.anonymous" for one in output.messages])
+    return found
+
+
+def test_what_batches_have_in_common_is_rendered_once_and_nothing_else_is():
+    # Given records that differ in one of the things that an anonymous record says: hour, account, a billed value
+    differing = [
+        sms_cdr(), sms_cdr(occurred_at="2026-11-21T10:59:59Z"), sms_cdr(occurred_at="2026-10-21T11:22:33Z"),
+        sms_cdr(account_id="other"), *(sms_cdr(**{name: value}) for name, value in BILLED.items()), voice_cdr(),
+    ]  # fmt: skip
+    # When one pipeline has them in the second batch after it had the first of them, and again in the third
+    _, *later = one_after_the_other(Pipeline(Planner(policy_of()), TOKENS), [differing[:1], differing, differing])
+    # Then each reads as it does in a batch alone
+    alone = [run([value]).of("cdr.anonymous")[0].value for value in differing]
+    assert later == [alone, alone]
+    assert len(set(alone)) == len(alone)
+
+
+def test_only_so_many_anonymous_records_are_kept_for_the_next_ones(monkeypatch):
+    monkeypatch.setattr("processors.pipeline.MAX_RENDERED", 3)
+    pipeline = Pipeline(Planner(policy_of()), TOKENS)
+    values = [sms_cdr(price={"amount": str(number), "currency": "EUR"}) for number in range(10)]
+    (found,) = one_after_the_other(pipeline, [values])
+    assert [orjson.loads(value)["price"]["amount"] for value in found] == [str(number) for number in range(10)]
+    assert len(pipeline.rendered) <= 3
 
 
 @pytest.mark.parametrize("value", [sms_cdr(), voice_cdr(), reply("hello"), sms_cdr(**BILLED), voice_cdr(sender=OTHER)])
