@@ -65,10 +65,20 @@ Writer.write = apart
 """Offsets are committed before the records, in a transaction of their own."""
 
 
+def found_out(schedule, kind, clusters, folder):
+    """See that the checker finds this wrong in one of three runs: what is broken need not bite each time."""
+    for number in range(3):
+        place = folder / str(number)
+        place.mkdir()
+        verdict = execute(schedule, SEED + number, clusters, place).verdict
+        if verdict.wrong[kind]:
+            return
+    raise AssertionError(str(verdict))
+
+
 def test_workers_that_do_not_fence_are_found_out(clusters, tmp_path):
     unfenced = Schedule(lambda site: asleep(site, BEFORE_COMMIT, more=UNFENCED))
-    verdict = execute(unfenced, SEED, clusters, tmp_path).verdict
-    assert verdict.wrong["duplicated"], str(verdict)
+    found_out(unfenced, "duplicated", clusters, tmp_path)
 
 
 def test_offsets_that_are_committed_apart_are_found_out(clusters, tmp_path):
@@ -80,8 +90,7 @@ def test_offsets_that_are_committed_apart_are_found_out(clusters, tmp_path):
         site.tend()
         site.progress()
 
-    verdict = execute(Schedule(dies_between), SEED, clusters, tmp_path).verdict
-    assert verdict.wrong["lost"], str(verdict)
+    found_out(Schedule(dies_between), "lost", clusters, tmp_path)
 
 
 # --- requests that come late --------------------------------------------------------------------------------------
