@@ -318,17 +318,24 @@ class OptOuts:
                 await self._tail.catch_up()
         return Loaded(read, written, wrong)
 
-    async def rows(self, reason: str) -> AsyncIterator[list[list[str]]]:
+    async def size(self) -> int:
+        """Return how many records `rows` would read now."""
+        log = self._deployment.log
+        return sum(await log.end_offsets(STREAM)) - sum(await log.begin_offsets(STREAM))
+
+    async def rows(
+        self, reason: str, advance: Callable[[int], None] = lambda _: None
+    ) -> AsyncIterator[list[list[str]]]:
         """Yield all opt-outs that stand as CSV rows of `COLUMNS`, page by page, opened and logged to `audit`.
 
-        Read to the end first. Raises InputInvalid for a reason that is none, RevealDenied, and KeysUnusable if an
-        opt-out does not open: an export that lacks one would lose it.
+        Read to the end first; `advance` is told of records read. Raises InputInvalid for a reason that is none,
+        RevealDenied, and KeysUnusable if an opt-out does not open: an export that lacks one would lose it.
         """
         if not is_reason(reason):
             raise EntryInvalid("reason")
         await self.catch_up()
         revealer = self._deployment.revealer()
-        async for page in self._standing():
+        async for page in self._standing(advance):
             opened = await revealer.reveal([stored for stored, _, _ in page], reason)
             rows = []
             for (stored, rule, event_s), result in zip(page, opened, strict=True):
@@ -342,7 +349,7 @@ class OptOuts:
                 rows.append([result.fields["number"], *cells, *rule[1:], why, instant(event_s)])
             yield rows
 
-    async def _standing(self) -> AsyncIterator[list[tuple[Stored, Rule, int]]]:
+    async def _standing(self, advance: Callable[[int], None]) -> AsyncIterator[list[tuple[Stored, Rule, int]]]:
         """Yield the latest record of each opt-out that stands, with its rule and event time (Unix s), page by page.
 
         From the end of each partition to its beginning: the first that is met is the latest. Memory: a bit for each
@@ -362,6 +369,7 @@ class OptOuts:
                     state = (view.get(token) or {}).get(rule)
                     if state is not None and state.out and known.is_first(token, rule):
                         found.append((stored, rule, state.event_s))
+                advance(end - at)
                 end = at
                 if len(found) >= _PAGE:
                     yield found[:_PAGE]

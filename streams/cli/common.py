@@ -161,15 +161,15 @@ def print_table(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> None
 
 
 @contextmanager
-def bar(what: str, total_bytes: int | None) -> Iterator[Callable[[int], None]]:
-    """Yield what to tell of bytes done; shown on standard error if that is a terminal. None: total not known."""
+def bar(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """Yield what to tell of work done; shown on standard error if that is a terminal. None: the total is not known."""
     from rich.console import Console
     from rich.markup import escape
     from rich.progress import Progress
 
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(escape(what), total=total_bytes or None)
+        task = progress.add_task(escape(what), total=total or None)
         yield lambda done: progress.advance(task, done)
 
 

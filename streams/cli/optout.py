@@ -147,10 +147,11 @@ async def _write(args: argparse.Namespace) -> int:
 
     count = 0
     async with Deployment.open(load(args), create=False) as deployment:
-        with new_file(args.file) as file:
+        opt_outs = OptOuts(deployment)
+        with new_file(args.file) as file, bar("opt-outs", await opt_outs.size()) as advance:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(COLUMNS)
-            async for rows in OptOuts(deployment).rows(args.reason):
+            async for rows in opt_outs.rows(args.reason, advance):
                 writer.writerows(rows)
                 count += len(rows)
     say(f"{count:,} opt-outs exported")

@@ -5,6 +5,7 @@ import stat
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from types import SimpleNamespace
 
@@ -313,6 +314,26 @@ def test_what_is_exported_can_be_imported_elsewhere(call, tmp_path):
     # and the officer's block and the export are in the audit
     audited = [line["value"] for line in call("tail", "audit", "--json").out]
     assert [(entry["action"], entry["reason"]) for entry in audited] == [("block", None), ("reveal", "MOVE-1")]
+
+
+def test_an_export_says_how_far_it_is(call, tmp_path, monkeypatch):
+    # Given four records of opt-outs, one of them lifted again by a fifth, and a bar that remembers
+    for words in ((PERSON,), (OTHER, "--channel", "sms"), (CANARY, "--channel", "voice")):
+        call("optout", "add", *words)
+    call("optout", "remove", OTHER, "--channel", "sms")
+    shown = []
+
+    @contextmanager
+    def remembering(what, total):
+        shown.append((what, total))
+        yield shown.append
+
+    monkeypatch.setattr("streams.cli.optout.bar", remembering)
+    # When
+    assert call("optout", "export", tmp_path / "out.csv", "--reason", "MOVE-1").status == 0
+    # Then it knew how much there was, and told of each of them
+    (what, total), *steps = shown
+    assert (what, total, sum(steps)) == ("opt-outs", 5, 5)
 
 
 def test_a_sender_known_by_its_token_only_goes_back_to_where_it_came_from_and_nowhere_else(call, tmp_path, capsys):
