@@ -243,15 +243,17 @@ class SqliteKeyStore(SqlKeyStore):
             live = self._run(query, (month, high, low))
         change = f"UPDATE {table} SET {_OVERWRITE}" if live else f"DELETE FROM {table}"
         buried, last, above = 0, 0, low if live else ""
-        while table is not None:
+        while True:
             with self._transaction(Mode.READ):
                 query = f"SELECT rowid, kek FROM {table} WHERE rowid > ? AND kek > ? AND kek < ? ORDER BY rowid LIMIT ?"
-                rows = self._run(query, (last, above, high, STEP))
+                there = month in self._months()  # until another run has deleted it
+                rows = self._run(query, (last, above, high, STEP)) if there else []
             if not rows:
                 break
             with self._transaction(Mode.EXCLUSIVE):
-                self._run_many(f"{change} WHERE rowid = ? AND kek < ?", [(rowid, high) for rowid, _ in rows])
-            buried += sum(kek > low for _, kek in rows)
+                if month in self._months():
+                    self._run_many(f"{change} WHERE rowid = ? AND kek < ?", [(rowid, high) for rowid, _ in rows])
+                    buried += sum(kek > low for _, kek in rows)
             last = rows[-1][0]
         with self._transaction(Mode.EXCLUSIVE):
             table = self._months().get(month)

@@ -404,6 +404,34 @@ def test_a_buried_day_is_gone_with_its_keks_and_all_else_stays(deployment):
     assert store.sequence() == 1
 
 
+def test_a_day_that_another_run_buries_at_any_point_meanwhile_is_buried(deployment, monkeypatch):
+    stays = deployment.open().fetch(persons(person(n) for n in range(30)), NOW).persons
+    for step in count(1):
+        day, end_s = f"2100-01-{step:02}", MIDNIGHT + (step - 1) * DAY
+        store, other = deployment.open(), deployment.open()
+        mixed = {person(n, "a"): end_s for n in range(5)}  # beside people who live, and in a month of the dead
+        alone = {person(n, "a", "2099-12"): end_s for n in range(5)}
+        dying = store.fetch(Needs({EpochRef("content", "a", day): (end_s, 1)}, mixed | alone), end_s - DAY).persons
+        begun, left = store._begun, [step]
+
+        def then_buried(mode, begun=begun, left=left, other=other, day=day, end_s=end_s):
+            left[0] -= 1
+            if left[0] == 0:
+                other.bury_day(day, end_s)
+            return begun(mode)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "_begun", then_buried)
+            store.bury_day(day, end_s)
+        if left[0] > 0:
+            break
+        store = deployment.open()
+        assert (store.due_days(end_s), store.kms.names()) == ([], [LATER_DAY, NEVER])
+        assert set(store.open_persons([one.sid for one in dying.values()], NOW).values()) == {Gone.ABSENT}
+        assert store.fetch(persons(stays), NOW).persons == stays
+    assert step > 5
+
+
 def test_a_burial_killed_at_any_point_is_still_due_and_finished_by_calling_again(deployment, monkeypatch):
     stays = deployment.open().fetch(persons(person(n) for n in range(30)), NOW).persons
     for step in count(1):
