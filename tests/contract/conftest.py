@@ -1,9 +1,7 @@
 """The implementations that are held to the contract suites."""
 
 import asyncio
-import gc
 import time
-import warnings
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -88,9 +86,6 @@ class KafkaLogs:
                     await log.close()
 
         self._run(both())
-        with warnings.catch_warnings():  # aiokafka drops connections that were being made when a member left
-            warnings.simplefilter("ignore", ResourceWarning)
-            gc.collect()
 
     def open(self) -> Log:
         self._opened.append(KafkaLog(self._settings, partitions=4, lease_s=LEASE_S))
