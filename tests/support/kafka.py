@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let tests with brokers leave connections unclosed: aiokafka drops one that is interrupted while it is made."""
     for item in items:
         if _meets_brokers(item):
-            item.add_marker(pytest.mark.filterwarnings("ignore:unclosed (transport|<socket):ResourceWarning"))
+            item.add_marker(pytest.mark.filterwarnings("ignore::ResourceWarning"))
 
 
 @pytest.hookimpl(trylast=True)
