@@ -75,7 +75,7 @@ def propagation(path: Path) -> list[dict[str, object]]:
     told = [path.parent / f"worker-{number}" for number in (1, 2)]
     delays: dict[str, list[tuple[float, float]]] = {"add": [], "STOP": []}
 
-    async def run() -> int:
+    async def run() -> None:
         async with Deployment.open(config) as deployment:
             opt_outs = OptOuts(deployment)
             await publish(config, "sms cdr", 50_000, BACKLOG)
@@ -112,7 +112,6 @@ def propagation(path: Path) -> list[dict[str, object]]:
             delays[how].append(
                 (max([0.0, *(last - since_s for _, last in others)]), max([0.0, *(at - since_s for at, _ in others)]))
             )
-        return len(asked)
 
     asyncio.run(run())
     rows = []

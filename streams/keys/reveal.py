@@ -192,7 +192,7 @@ class Revealer:
             if message.stream == CLEARED and sealed is not None:
                 why = _RESTRICTED if one.denied == _RESTRICTED.reason else None
                 if result.state is _REVEALED and seen is not None:
-                    why = self._forbidden(sealed, result.fields, now_s, now_at, seen)
+                    why = self._forbidden(sealed, result.fields, now_s, seen)
                 if why is not None:
                     result = Revealed(State.DENIED, {}, (), why.reason)
                     refusals.setdefault(message.partition, []).append(self._second_verdict(sealed, why, now_s))
@@ -296,11 +296,9 @@ class Revealer:
             for grant in self._principal.grants
         )
 
-    def _forbidden(
-        self, sealed: Sealed, fields: Mapping[str, Any], now_s: int, now_at: str, seen: _Seen
-    ) -> Verdict | None:
+    def _forbidden(self, sealed: Sealed, fields: Mapping[str, Any], now_s: int, seen: _Seen) -> Verdict | None:
         """Return the refusal of an opened request that must not be sent any more, if so."""
-        if now_at > sealed.fields["not_after"]:
+        if instant(now_s) > sealed.fields["not_after"]:
             return Verdict("too_late", "REG-3")
         account_id = sealed.account
         plan = self._planner.plan(account_id, now_s)

@@ -404,14 +404,19 @@ def test_a_buried_day_is_gone_with_its_keks_and_all_else_stays(deployment):
     assert store.sequence() == 1
 
 
+def those_who_die(store: SqlKeyStore, day: str, end_s: int):
+    """Fill a day with an epoch and ten people, half of them beside others who live, half in a month of the dead."""
+    mixed = {person(n, "a"): end_s for n in range(5)}
+    alone = {person(n, "a", "2099-12"): end_s for n in range(5)}
+    return store.fetch(Needs({EpochRef("content", "a", day): (end_s, 1)}, mixed | alone), end_s - DAY)
+
+
 def test_a_day_that_another_run_buries_at_any_point_meanwhile_is_buried(deployment, monkeypatch):
     stays = deployment.open().fetch(persons(person(n) for n in range(30)), NOW).persons
     for step in count(1):
         day, end_s = f"2100-01-{step:02}", MIDNIGHT + (step - 1) * DAY
         store, other = deployment.open(), deployment.open()
-        mixed = {person(n, "a"): end_s for n in range(5)}  # beside people who live, and in a month of the dead
-        alone = {person(n, "a", "2099-12"): end_s for n in range(5)}
-        dying = store.fetch(Needs({EpochRef("content", "a", day): (end_s, 1)}, mixed | alone), end_s - DAY).persons
+        dying = those_who_die(store, day, end_s)
         begun, left = store._begun, [step]
 
         def then_buried(mode, begun=begun, left=left, other=other, day=day, end_s=end_s):
@@ -427,7 +432,7 @@ def test_a_day_that_another_run_buries_at_any_point_meanwhile_is_buried(deployme
             break
         store = deployment.open()
         assert (store.due_days(end_s), store.kms.names()) == ([], [LATER_DAY, NEVER])
-        assert set(store.open_persons([one.sid for one in dying.values()], NOW).values()) == {Gone.ABSENT}
+        assert set(store.open_persons([one.sid for one in dying.persons.values()], NOW).values()) == {Gone.ABSENT}
         assert store.fetch(persons(stays), NOW).persons == stays
     assert step > 5
 
@@ -437,9 +442,7 @@ def test_a_burial_killed_at_any_point_is_still_due_and_finished_by_calling_again
     for step in count(1):
         day, end_s = f"2100-01-{step:02}", MIDNIGHT + (step - 1) * DAY
         store, victim = deployment.open(), deployment.open()
-        mixed = {person(n, "a"): end_s for n in range(5)}  # beside people who live, and in a month of the dead
-        alone = {person(n, "a", "2099-12"): end_s for n in range(5)}
-        dying = store.fetch(Needs({EpochRef("content", "a", day): (end_s, 1)}, mixed | alone), end_s - DAY)
+        dying = those_who_die(store, day, end_s)
         with monkeypatch.context() as patch:
             killed = killed_at(step, victim, patch)
             if not killed(lambda end_s=end_s, day=day, victim=victim: victim.bury_day(day, end_s)):
